@@ -1,0 +1,332 @@
+"""One layer's cache: K and V in buckets, the key index beside them, and how far both have come."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fierpatch import ops  # noqa: F401  (registers torch.ops.fierpatch)
+from fierpatch.config import FierConfig
+from fierpatch.errors import CacheMismatchError, FierError, PositionLimitError
+from fierpatch.index import KeyIndex, make_index, map_batch, nbytes, resize
+
+BUCKET_SIZE = 512  # tokens; a tile of the index
+
+MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
+
+
+class Observer(Protocol):
+    """Called at each retrieval with what was selected; see `LayerCache.observer`."""
+
+    def __call__(
+        self,
+        layer: LayerCache,
+        query: Tensor,
+        token_indices: Tensor,
+        visible: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> None: ...
+
+
+@dataclass
+class LayerFacts:
+    """Numbers of one layer's cache that outlive its tensors, for reports."""
+
+    counters: Tensor
+    batch_size: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    value_head_dim: int = 0
+    itemsize: int = 0
+    kv_nbytes: int = 0
+    index_nbytes: int = 0
+
+
+class LayerCache:
+    """K, V and key index of one full-attention layer.
+
+    Growing caches allocate in buckets of 512 tokens and keep their counters on the host. Static
+    ones have a fixed capacity, fixed addresses and counters on the device, and hand out their whole
+    buffers, so that a decode step compiles into one graph.
+
+    Args:
+        config: the settings of the patch.
+        capacity: tokens to make room for at first (growing) or for good (static).
+        is_static: whether the capacity is fixed.
+        is_dense: whether the layer keeps no index and is always attended densely.
+        max_positions: tokens the model has positions for; None means no limit.
+    """
+
+    def __init__(
+        self,
+        config: FierConfig,
+        *,
+        capacity: int = 0,
+        is_static: bool = False,
+        is_dense: bool = False,
+        max_positions: int | None = None,
+    ) -> None:
+        self.config = config
+        self.is_static = is_static
+        self.is_dense = is_dense
+        self.max_positions = max_positions
+        self.capacity = _round_up(max(capacity, 1))
+        self.observer: Observer | None = None
+        self.index: KeyIndex | None = None
+        self.state: list[Tensor] = []
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.counters = torch.zeros(3, dtype=torch.int64)
+        self.facts = LayerFacts(self.counters)
+        # What travels on the returned tensors; a strong reference would be a cycle.
+        self._mark = weakref.ref(self)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored. Reads the device where the cache is static."""
+        return int(self.counters[0])
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, or -1 before the first update."""
+        return -1 if self.keys is None else self.keys.shape[0]
+
+    @property
+    def index_arguments(self) -> tuple[str, int, int, int]:
+        """Name, bits, group_size and seed of the index, as the library ops take them."""
+        config = self.config
+        return config.index, config.bits, config.index_group_size, config.seed
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens and return the keys and values to attend over.
+
+        Args:
+            key: ``[B, H, T, D]``, after RoPE.
+            value: ``[B, H, T, Dv]``.
+
+        Returns:
+            The new tensors themselves at the first prompt; else all valid rows (growing) or the
+            whole buffers (static). Marked with this layer unless it is dense.
+
+        Raises:
+            CacheMismatchError: another batch size, head count or head_dim than before.
+            CapacityError: a static cache is full.
+            PositionLimitError: the model has no positions for that many tokens.
+        """
+        num_new = key.shape[2]
+        if self.keys is None or self.values is None:
+            self.allocate(key, value)
+        assert self.keys is not None and self.values is not None
+        self._check_fit(key, value)
+        is_prompt = num_new > self.config.max_query_length
+        is_first_prompt = False
+        if not self.is_static:
+            stored = self.num_tokens
+            is_first_prompt = is_prompt and stored == 0
+            self._reserve(stored + num_new)
+        torch.ops.fierpatch.append.default(
+            key,
+            value,
+            self.keys,
+            self.values,
+            self.state,
+            self.counters,
+            is_prompt,
+            *self.index_arguments,
+        )
+        if is_first_prompt:
+            # Not views of the caller's tensors, whose owner may go on to use them elsewhere.
+            keys, values = key[:], value[:]
+        elif self.is_static:
+            keys, values = self.keys[:], self.values[:]
+        else:
+            keys, values = self.keys[:, :, : stored + num_new], self.values[:, :, : stored + num_new]
+        if not self.is_dense:
+            setattr(keys, MARK, self._mark)
+            setattr(values, MARK, self._mark)
+        return keys, values
+
+    def index_prompt(self, query: Tensor) -> None:
+        """Index the prompt just stored, calibrated by its own ``query [B, Hq, T, D]``."""
+        assert self.keys is not None
+        torch.ops.fierpatch.index_prompt.default(
+            query, self.keys, self.state, self.counters, *self.index_arguments
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        visible: Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Retrieval attention of the newest tokens' ``query [B, Hq, T, D]``.
+
+        Args:
+            visible: bool ``[B, 1, T, stored or capacity]``; None means causal.
+            scale, softcap, sink_logits: as in `fierpatch.select.attention_weights`.
+
+        Returns:
+            ``[B, T, Hq, Dv]``.
+        """
+        assert self.keys is not None and self.values is not None
+        config = self.config
+        token_indices = torch.ops.fierpatch.retrieve.default(
+            query,
+            self.state,
+            self.counters,
+            visible,
+            sink_logits,
+            *self.index_arguments,
+            config.budget,
+            config.sinks,
+            config.recent,
+            config.per_query_head,
+            scale,
+            softcap,
+        )
+        if self.observer is not None:
+            self.observer(self, query, token_indices, visible, scale, softcap)
+        output: Tensor = torch.ops.fierpatch.attend.default(
+            query, self.keys, self.values, token_indices, sink_logits, scale, softcap
+        )
+        return output
+
+    def allocate(self, key: Tensor, value: Tensor) -> None:
+        """Allocate for tensors shaped, typed and placed like these, whatever their length."""
+        batch_size, num_kv_heads, num_new, head_dim = key.shape
+        if not self.is_static:
+            self._check_positions(num_new)
+            self.capacity = max(self.capacity, _round_up(num_new))
+        # Buffers born in inference mode could not be updated outside it, in a later turn.
+        with torch.inference_mode(False):
+            self.keys = key.new_zeros((batch_size, num_kv_heads, self.capacity, head_dim))
+            self.values = value.new_zeros(
+                (batch_size, num_kv_heads, self.capacity, value.shape[3])
+            )
+            if not self.is_dense:
+                name, bits, group_size, seed = self.index_arguments
+                self.index = make_index(
+                    name, head_dim=head_dim, bits=bits, group_size=group_size, seed=seed
+                )
+                self.state = self.index.allocate(
+                    batch_size, num_kv_heads, self.capacity, key.device
+                )
+            if self.is_static:
+                self.counters = self.counters.to(key.device, copy=True)
+        self._settle()
+
+    def crop(self, num_removed: int) -> None:
+        """Forget the newest `num_removed` tokens."""
+        stored, indexed, calibrated = self.counters.tolist()
+        kept = max(stored - num_removed, 0)
+        if self.index is not None and indexed > kept:
+            # The group that is open again borrows its centre anew.
+            assert self.keys is not None
+            opened = kept - kept % self.config.index_group_size
+            self.index.append(self.state, self.keys, opened, kept)
+            indexed = kept
+        if kept == 0:
+            calibrated = 0
+        self.counters.copy_(torch.tensor((kept, min(indexed, kept), calibrated)))
+
+    def reset(self) -> None:
+        """Forget every token but keep the buffers and their addresses."""
+        self.counters.zero_()
+        if self.keys is not None and self.values is not None:
+            # Stale rows are masked, but a NaN among them would pass a weight of 0.
+            self.keys.zero_()
+            self.values.zero_()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i a copy of row ``rows[i]``, in place."""
+        rows = rows.to(self.counters.device if self.keys is None else self.keys.device)
+        self._map_batch(lambda tensor: tensor.copy_(tensor.index_select(0, rows)))
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, next to each other."""
+        self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only the given rows of the batch."""
+        self._map_batch(lambda tensor: tensor[rows.to(tensor.device)].contiguous())
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.keys is None or self.values is None:
+            return
+        with torch.inference_mode(False):
+            self.keys, self.values = change(self.keys), change(self.values)
+            if self.index is not None:
+                self.state = map_batch(self.index, self.state, change)
+        self._settle()
+
+    def _reserve(self, num_tokens: int) -> None:
+        self._check_positions(num_tokens)
+        if num_tokens <= self.capacity:
+            return
+        assert self.keys is not None and self.values is not None
+        # An eighth more at a time: few copies, and never twice the memory.
+        self.capacity = _round_up(max(num_tokens, self.capacity + self.capacity // 8))
+        with torch.inference_mode(False):
+            self.keys = _grown(self.keys, self.capacity)
+            self.values = _grown(self.values, self.capacity)
+            if self.index is not None:
+                self.state = resize(self.index, self.state, self.capacity)
+        self._settle()
+
+    def _check_fit(self, key: Tensor, value: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        if torch.is_grad_enabled() and key.requires_grad:
+            raise FierError(
+                "retrieval has no backward, and the keys require a gradient: decode under "
+                "torch.no_grad(), or train without a fierpatch cache"
+            )
+        for name, new, held in (("keys", key, self.keys), ("values", value, self.values)):
+            if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
+                raise CacheMismatchError(
+                    f"the cache holds {name} of [B, H, D] = {_describe(held)} and was given "
+                    f"{_describe(new)}: it belongs to another model or batch size; start with a "
+                    "new cache"
+                )
+
+    def _check_positions(self, num_tokens: int) -> None:
+        if self.max_positions is not None and num_tokens > self.max_positions:
+            raise PositionLimitError(
+                f"{num_tokens} tokens are past the model's {self.max_positions} positions: "
+                "shorten the prompt or generate fewer tokens"
+            )
+
+    def _settle(self) -> None:
+        """After the buffers changed: fix their addresses and record their sizes."""
+        assert self.keys is not None and self.values is not None
+        if self.is_static and not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.counters, *self.state):
+                torch._dynamo.mark_static_address(tensor)
+        self.facts.counters = self.counters
+        self.facts.batch_size, self.facts.num_kv_heads, _, self.facts.head_dim = self.keys.shape
+        self.facts.value_head_dim = self.values.shape[3]
+        self.facts.itemsize = self.keys.element_size()
+        self.facts.kv_nbytes = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+        self.facts.index_nbytes = 0 if self.index is None else nbytes(self.index, self.state)
+
+
+def _round_up(num_tokens: int) -> int:
+    return -(-num_tokens // BUCKET_SIZE) * BUCKET_SIZE
+
+
+def _grown(tensor: Tensor, capacity: int) -> Tensor:
+    larger = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
+    larger[:, :, : tensor.shape[2]] = tensor
+    return larger
+
+
+def _describe(tensor: Tensor) -> str:
+    return str([tensor.shape[0], tensor.shape[1], tensor.shape[3]])

@@ -1,0 +1,164 @@
+"""FierConfig: every knob of the library, checked once and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fierpatch.errors import ConfigError, NotYetSupportedError
+
+INDEXES = ("rotated", "fier")
+BACKENDS = ("auto", "reference")
+PLANNED_BACKENDS = ("triton", "flex")
+TILE_SIZE = 512  # tokens of one packed tile: 16 bit planes of 32 rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FierConfig:
+    """Settings of a patched model.
+
+    Args:
+        budget: tokens attended per KV head and decode step, sinks and recents included.
+        sinks: first visible tokens of every row that are always attended.
+        recent: last visible tokens that are always attended; the newest always is, so at least 1.
+        index: what stands for a key when scoring: ``"rotated"`` (balanced, rotated sign bits with
+            one scale a token) or ``"fier"`` (arXiv 2508.08256: per-channel min/max bits).
+        bits: bits a channel of the index, 1 or 2 (2 for ``"rotated"`` only).
+        group_size: tokens that share a centre (``"rotated"``) or a scale and zero along each
+            channel (``"fier"``); 32, 64, 128, 256 or 512. None means 128 and 32 respectively.
+        dense_layers: how many first full-attention layers stay dense (the protocol of Quest and
+            FIER; 0 patches every layer).
+        per_query_head: select for every query head on its own instead of once for the query heads
+            that share a KV head. Better at equal budget, at up to num_groups times the traffic.
+        max_query_length: the longest query that goes through retrieval (decode, and the
+            verification step of assisted decoding); longer ones are prefill and stay dense.
+        compile: build static caches, so that decode compiles into one graph.
+            ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
+        offload: keep K and V in host memory. Planned; True raises `NotYetSupportedError`.
+        backend: which implementation of the operators runs: ``"auto"`` or ``"reference"``.
+        seed: seed of the rotation's random signs.
+
+    Raises:
+        ConfigError: a value is out of range or of the wrong type, or two values contradict.
+        NotYetSupportedError: a value is planned but not available in this version.
+    """
+
+    budget: int = 1024
+    sinks: int = 4
+    recent: int = 16
+    index: str = "rotated"
+    bits: int = 1
+    group_size: int | None = None
+    dense_layers: int = 2
+    per_query_head: bool = False
+    max_query_length: int = 8
+    compile: bool = False
+    offload: bool = False
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("budget", 1),
+            ("sinks", 0),
+            ("recent", 1),
+            ("bits", 1),
+            ("dense_layers", 0),
+            ("max_query_length", 1),
+            ("seed", 0),
+        ):
+            _check_integer(name, getattr(self, name), least)
+        for name in ("per_query_head", "compile", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.budget < self.sinks + self.recent:
+            least = self.sinks + self.recent
+            raise ConfigError(
+                f"budget={self.budget} is below sinks + recent = {self.sinks} + {self.recent} = "
+                f"{least}, which it includes: raise budget to at least {least}, or lower sinks "
+                "or recent"
+            )
+        _check_choice("index", self.index, INDEXES)
+        allowed_bits = (1, 2) if self.index == "rotated" else (1,)
+        if self.bits not in allowed_bits:
+            raise ConfigError(
+                f"bits={self.bits} is not available for index={self.index!r}: choose from "
+                f"{', '.join(map(str, allowed_bits))}"
+                + ("" if self.index == "rotated" else ', or index="rotated" for 2 bits')
+            )
+        if self.group_size is not None:
+            _check_integer("group_size", self.group_size, 32)
+            if TILE_SIZE % self.group_size or self.group_size % 32:
+                raise ConfigError(
+                    f"group_size={self.group_size} does not divide a tile of {TILE_SIZE} tokens "
+                    "into whole bit planes: choose 32, 64, 128, 256 or 512"
+                )
+        if self.offload:
+            raise NotYetSupportedError(
+                "offload=True needs the host tier, which this version does not have yet: leave "
+                "offload=False (K and V stay on the model's device)"
+            )
+        if self.backend in PLANNED_BACKENDS:
+            raise NotYetSupportedError(
+                f'backend="{self.backend}" is planned but not available in this version: use '
+                '"auto" or "reference"'
+            )
+        _check_choice("backend", self.backend, BACKENDS)
+
+    def replace(self, **changes: Any) -> FierConfig:
+        """A copy with some fields changed, checked like a new one."""
+        return type(self).from_dict({**dataclasses.asdict(self), **changes})
+
+    @property
+    def index_group_size(self) -> int:
+        """`group_size`, or the index's own default where it is None."""
+        return self.group_size or {"rotated": 128, "fier": 32}[self.index]
+
+    def to_json(self) -> str:
+        """The settings as a JSON object; `from_json` gives an equal config back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> FierConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is not a JSON object, or holds an unknown or bad field.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a JSON object of settings: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"expected a JSON object of settings, got {type(fields).__name__}")
+        return cls.from_dict(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> FierConfig:
+        """Build from a mapping; an unknown name is an error that names the nearest field."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ConfigError(f"unknown option {name!r}: {hint}")
+        return cls(**fields)
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ConfigError(f"unknown {name} {value!r}: choose from {listed}{hint}")

@@ -1,0 +1,1 @@
+"""Everything Hugging Face: the only place that imports transformers."""

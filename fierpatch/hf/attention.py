@@ -1,0 +1,136 @@
+"""The attention function and the mask function that a patched model's layers look up by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fierpatch.cache import MARK, LayerCache
+from fierpatch.errors import ShapeError, UnsupportedModelError
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def register(name: str, base: str, max_query_length: int) -> None:
+    """Register the pair of functions of one patch.
+
+    transformers asks for the mask function under the same name as the attention function; without
+    one it would pass no mask at all.
+    """
+    AttentionInterface.register(name, _make_attention(base, max_query_length))
+    AttentionMaskInterface.register(name, _make_mask(base, max_query_length))
+
+
+def unregister(name: str) -> None:
+    """Take the pair out again."""
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _make_attention(base: str, max_query_length: int) -> Attention:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Retrieval for short queries over one of our layers, else the base implementation."""
+        layer = _layer_of(key, value)
+        is_short = query.shape[2] <= max_query_length
+        if layer is not None and is_short:
+            _check_retrievable(module, attention_mask, kwargs)
+            # SDPA ignores both, and a patched model must agree with the unpatched one.
+            is_plain = base == "sdpa"
+            output = layer.attend(
+                query,
+                visible=attention_mask,
+                scale=float(scaling if scaling is not None else query.shape[3] ** -0.5),
+                softcap=0.0 if is_plain else float(kwargs.get("softcap") or 0.0),
+                sink_logits=None if is_plain else kwargs.get("s_aux"),
+            )
+            return output, None
+        if is_short:
+            attention_mask = _to_base_mask(attention_mask, base, query.dtype)
+        base_attention = _base_attention(module, base)
+        result = base_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        if layer is not None:
+            layer.index_prompt(query)
+        return result
+
+    return attention
+
+
+def _make_mask(base: str, max_query_length: int) -> Callable[..., Any]:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        """A boolean mask for short queries over all tokens, else the base's own."""
+        q_length = kwargs["q_length"]
+        if q_length <= max_query_length and kwargs.get("local_size") is None:
+            # With one query a skipped mask means all tokens; with more it would be ambiguous.
+            may_skip = kwargs.get("allow_is_causal_skip", True) and q_length == 1
+            return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": may_skip})
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+    return mask
+
+
+def _layer_of(key: Tensor, value: Tensor) -> LayerCache | None:
+    """The layer that returned these tensors, if both come from one and untouched."""
+    mark = getattr(key, MARK, None)
+    if mark is None or mark is not getattr(value, MARK, None):
+        return None
+    layer: LayerCache | None = mark()
+    return layer
+
+
+def _check_retrievable(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} adds a position bias to its logits, which the key index "
+            "cannot score: remove the patch, or decode under handle.disabled()"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1):
+        raise ShapeError(
+            f"retrieval needs a boolean mask [B, 1, T, S], got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}: pass a 2-D padding mask or a boolean 4-D one, or decode under "
+            "handle.disabled()"
+        )
+
+
+def _to_base_mask(mask: Tensor | None, base: str, dtype: torch.dtype) -> Tensor | None:
+    """Our boolean mask as the base implementation wants it, for a layer that stays dense."""
+    if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or base == "sdpa":
+        return mask
+    if base == "eager":
+        allowed = torch.zeros((), dtype=dtype, device=mask.device)
+        return torch.where(mask, allowed, torch.finfo(dtype).min)
+    return mask[:, 0, -1, :]  # flash attention takes padding alone; it is causal by itself
+
+
+def _base_attention(module: nn.Module, base: str) -> Attention:
+    """The user's own implementation; ``eager`` is in no registry but in each modeling file."""
+    if base != "eager":
+        attention: Attention = ALL_ATTENTION_FUNCTIONS[base]
+        return attention
+    for cls in type(module).__mro__:
+        eager: Attention | None = getattr(
+            sys.modules[cls.__module__], "eager_attention_forward", None
+        )
+        if eager is not None:
+            return eager
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no eager_attention_forward in its modeling file: choose "
+        'another implementation, such as model.set_attn_implementation("sdpa")'
+    )

@@ -1,0 +1,214 @@
+"""FierCache: the cache handed to transformers, with our layers in the layout it chooses itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from fierpatch.cache import LayerCache, LayerFacts, Observer
+from fierpatch.config import FierConfig
+from fierpatch.errors import CacheMismatchError, PositionLimitError
+from fierpatch.hf.support import max_positions
+
+
+class FierLayer(CacheLayerMixin):
+    """A `LayerCache` in the shape that transformers expects of a cache layer."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, store: LayerCache) -> None:
+        super().__init__()
+        self.store = store
+        self.is_compileable = store.is_static
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, or -1 before the first update."""
+        return self.store.batch_size
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for tensors shaped like these."""
+        self.store.allocate(key_states, value_states)
+        self._refresh()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new tokens; see `LayerCache.update`."""
+        result = self.store.update(key_states, value_states)
+        self._refresh()
+        return result
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The key length that `update` will return for this many queries, and offset 0."""
+        if self.store.is_static:
+            return self.store.capacity, 0
+        return self.store.num_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens stored: an int, or a 0-d device tensor where the cache is static."""
+        if not self.store.is_static:
+            return self.store.num_tokens
+        if self.store.keys is None:
+            return 0
+        # A copy, because the counter moves on while the step still needs this value.
+        length: int = self.store.counters[0].clone()  # type: ignore[assignment]
+        return length
+
+    def get_max_length(self) -> int:
+        """The capacity of a static layer, -1 for one that grows."""
+        return self.store.capacity if self.store.is_static else -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens (a positive value: keep that many)."""
+        removed = -tokens_to_remove
+        if tokens_to_remove > 0:
+            removed = max(self.store.num_tokens - tokens_to_remove, 0)
+        self.store.crop(removed)
+
+    def reset(self) -> None:
+        """Forget every token, keep the buffers."""
+        self.store.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search, in place."""
+        self.store.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.store.repeat_interleave(repeats)
+        self._refresh()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the given rows."""
+        self.store.select_rows(indices)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        # transformers reads these of any layer.
+        self.keys, self.values = self.store.keys, self.store.values
+        self.is_initialized = self.store.keys is not None
+        if self.store.keys is not None:
+            self.dtype, self.device = self.store.keys.dtype, self.store.keys.device
+
+
+class FierCache(Cache):
+    """A cache whose plain full-attention layers carry a key index.
+
+    transformers lays out the layers; only those whose type is plain are replaced. Sliding, chunked
+    and linear layers stay its own.
+
+    Args:
+        config: the model's configuration.
+        settings: the settings of the patch; None means the defaults.
+        max_cache_len: tokens to make room for at first, or for good where
+            ``settings.compile`` is True.
+
+    Raises:
+        PositionLimitError: a static cache longer than the model has positions.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        settings: FierConfig | None = None,
+        *,
+        max_cache_len: int = 0,
+    ) -> None:
+        settings = settings or FierConfig()
+        text_config = config.get_text_config(decoder=True)
+        limit = max_positions(text_config)
+        if settings.compile and limit is not None and max_cache_len > limit:
+            raise PositionLimitError(
+                f"a static cache of {max_cache_len} tokens is past the model's {limit} positions: "
+                "shorten the prompt or generate fewer tokens"
+            )
+        self.settings = settings
+        self.model_type = text_config.model_type
+        capacity = -(-max(max_cache_len, 1) // 512) * 512
+        template: Cache
+        plain: type[CacheLayerMixin]
+        if settings.compile:
+            template, plain = StaticCache(text_config, capacity), StaticLayer
+        else:
+            template, plain = DynamicCache(config=text_config), DynamicLayer
+        layers = list(template.layers)
+        for number, layer in enumerate(layers):
+            if type(layer) is plain:
+                layers[number] = FierLayer(
+                    LayerCache(
+                        settings,
+                        capacity=max_cache_len,
+                        is_static=settings.compile,
+                        is_dense=number < settings.dense_layers,
+                        max_positions=limit,
+                    )
+                )
+        super().__init__(layers=layers)
+
+    @property
+    def stores(self) -> dict[int, LayerCache]:
+        """Our layers by their number in the model."""
+        return {
+            number: layer.store
+            for number, layer in enumerate(self.layers)
+            if isinstance(layer, FierLayer)
+        }
+
+    @property
+    def facts(self) -> dict[int, LayerFacts]:
+        """Numbers of our layers that outlive the cache, for reports."""
+        return {number: store.facts for number, store in self.stores.items()}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new tokens of one layer.
+
+        Raises:
+            CacheMismatchError: the model has more layers than the cache was built for.
+        """
+        if layer_idx >= len(self.layers):
+            raise CacheMismatchError(
+                f"layer {layer_idx} was asked of a cache of {len(self.layers)} layers built for a "
+                f"{self.model_type!r} model: it belongs to another model; start with a new cache"
+            )
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def observe(self, observer: Observer | None) -> None:
+        """Call `observer` at each retrieval of each layer; None stops it."""
+        for store in self.stores.values():
+            store.observer = observer
+
+    def check_model(self, config: PreTrainedConfig, batch_size: int | None = None) -> None:
+        """Check before anything changes that this cache is for that model and batch.
+
+        Raises:
+            CacheMismatchError: it is not.
+        """
+        text_config = config.get_text_config(decoder=True)
+        if text_config.model_type != self.model_type or text_config.num_hidden_layers < len(
+            self.layers
+        ):
+            raise CacheMismatchError(
+                f"the cache was built for a {self.model_type!r} model of {len(self.layers)} layers "
+                f"and given to a {text_config.model_type!r} model of "
+                f"{text_config.num_hidden_layers}: start with a new cache"
+            )
+        held = self.batch_size
+        if batch_size is not None and held > 0 and held != batch_size:
+            raise CacheMismatchError(
+                f"the cache holds a batch of {held} and was given one of {batch_size}: start with "
+                "a new cache, or select rows with batch_select_indices"
+            )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether decode with this cache compiles: only where the settings ask for it."""
+        return self.settings.compile and all(layer.is_compileable for layer in self.layers)
+

@@ -1,0 +1,74 @@
+"""The cache that `generate` gets on a patched model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fierpatch.config import FierConfig
+from fierpatch.errors import ConfigError, PositionLimitError
+from fierpatch.hf.cache import FierCache
+from fierpatch.hf.support import max_positions
+
+_GROWING = (None, "dynamic", "offloaded")
+_STATIC = ("static", "offloaded_static")
+
+
+def prepare_cache(
+    model: PreTrainedModel,
+    settings: FierConfig,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> FierCache | None:
+    """Put a `FierCache` into `model_kwargs` where stock generate would put its default cache.
+
+    The standard names keep their meaning: ``cache_implementation`` None and ``"dynamic"`` grow,
+    ``"static"`` compiles, ``"offloaded"`` offloads. A cache that the caller passes is used as it is.
+
+    Returns:
+        The `FierCache` that generate will use, or None where it uses none.
+
+    Raises:
+        PositionLimitError: prompt and new tokens are more than the model has positions for.
+        CacheMismatchError: the caller's `FierCache` is of another model or batch size.
+        ConfigError: a ``cache_implementation`` that retrieval cannot stand in for.
+        NotYetSupportedError: an offloaded one.
+    """
+    limit = max_positions(model.config.get_text_config(decoder=True))
+    if limit is not None and max_cache_length > limit:
+        raise PositionLimitError(
+            f"the prompt and the new tokens are {max_cache_length + 1} tokens, past the model's "
+            f"{limit} positions: shorten the prompt or lower max_new_tokens"
+        )
+    given = model_kwargs.get("past_key_values")
+    implementation = generation_config.cache_implementation
+    rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+    if given is not None or generation_config.use_cache is False:
+        if isinstance(given, FierCache):
+            given.check_model(model.config, rows)
+        type(model)._prepare_cache_for_generation(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        return given if isinstance(given, FierCache) else None
+    if implementation not in (*_GROWING, *_STATIC):
+        raise ConfigError(
+            f"cache_implementation={implementation!r} keeps K and V in a form that the key index "
+            'does not read: use None or "static", or generate under handle.disabled()'
+        )
+    settings = settings.replace(
+        compile=settings.compile or implementation in _STATIC,
+        offload=settings.offload or "offloaded" in (implementation or ""),
+    )
+    if settings.compile:
+        capacity = max(max_cache_length, generation_config.max_cache_len or 0)
+    else:
+        capacity = 0  # the first prompt decides, and buckets follow
+    cache = FierCache(model.config, settings, max_cache_len=capacity)
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    return cache

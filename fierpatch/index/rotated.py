@@ -1,0 +1,165 @@
+"""The balanced rotated index: one or two bits a rotated channel and one scale a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fierpatch.index.base import finite_keys, to_float16
+from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles, plane_dot, read_bits, write_bits
+from fierpatch.index.rotation import halving_sum, random_signs, rotate, rotation_matrix
+
+# Levels -3, -1, 1, 3 with the step at 0.9816 sigma: the 4-level uniform-ratio quantiser of a normal
+# variable with the least squared error (Max, 1960).
+TWO_BIT_THRESHOLD = 0.9816
+MIN_CALIBRATION_TOKENS = 128
+_CALIBRATION_GROUPS = 32
+_TOKENS_AT_ONCE = 8192  # bounds the temporaries of a long append
+
+
+@dataclass(frozen=True)
+class RotatedIndex:
+    """Sign bits of balanced, rotated, centred keys, unbiased by one scale a token.
+
+    With ``mu`` the mean of the token's group, ``d`` the balance of the channels and ``R`` a fixed
+    rotation: ``x = R (d * (k - mu))`` is stored as levels ``b`` (its signs for 1 bit, -3 -1 1 3 for
+    2) and ``a = |x|^2 / <x, b>``, so that ``<a b, x> = |x|^2`` as in RaBitQ (arXiv 2405.12497). Then
+    ``q . k`` is estimated by ``a (R (q / d)) . b + q . mu``. The balance
+    ``d_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4)`` makes the noise of an isotropic quantiser least.
+
+    An open group borrows the mean of the last sealed one (the first borrows zero) and is quantised
+    again with its own when it fills.
+
+    The state is planes int16 ``[B, H, tiles, bits * 32, D]`` (the high bit's 32 rows first), scale
+    float16 ``[B, H, tiles, 512]``, centre float16 ``[B, H, tiles, 512 / group_size, D]``, balance
+    float32 ``[B, H, D]`` and the constants, float32 signs ``[D]`` and rotation ``[D, D]``.
+    """
+
+    head_dim: int
+    bits: int = 1
+    group_size: int = 128
+    seed: int = 0
+
+    num_constants: ClassVar[int] = 2
+    tiled: ClassVar[tuple[bool, ...]] = (True, True, True, False, False, False)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bits, a float16 scale, and the centre: ``bits D / 8 + 2 + 2 D / group_size``."""
+        return self.bits * self.head_dim / 8 + 2 + 2 * self.head_dim / self.group_size
+
+    def allocate(
+        self, batch_size: int, num_kv_heads: int, num_tokens: int, device: torch.device
+    ) -> list[Tensor]:
+        """An empty state with room for `num_tokens` tokens, rounded up to tiles of 512."""
+        lead = (batch_size, num_kv_heads)
+        tiles = num_tiles(num_tokens)
+        rows, groups = self.bits * ROWS, TILE_SIZE // self.group_size
+        signs = random_signs(self.head_dim, self.seed).to(device)
+        return [
+            torch.zeros(*lead, tiles, rows, self.head_dim, dtype=torch.int16, device=device),
+            torch.zeros(*lead, tiles, TILE_SIZE, dtype=torch.float16, device=device),
+            torch.zeros(*lead, tiles, groups, self.head_dim, dtype=torch.float16, device=device),
+            torch.ones(*lead, self.head_dim, device=device),
+            signs,
+            rotation_matrix(signs),
+        ]
+
+    def append(self, state: list[Tensor], keys: Tensor, start: int, stop: int) -> None:
+        """Index tokens ``start .. stop`` of ``keys [B, H, C, D]``; seal the groups that fill."""
+        centre = state[2].view(*state[2].shape[:2], -1, self.head_dim)
+        group, sealed_groups = start // self.group_size, stop // self.group_size
+        at_once = max(_TOKENS_AT_ONCE // self.group_size, 1)
+        for first in range(group, sealed_groups, at_once):
+            last = min(first + at_once, sealed_groups)
+            tokens = slice(first * self.group_size, last * self.group_size)
+            groups = finite_keys(keys[:, :, tokens]).unflatten(2, (-1, self.group_size))
+            mean = to_float16(halving_sum(groups, 3) / self.group_size)
+            centre[:, :, first:last] = mean
+            centred = groups - mean.float().unsqueeze(3)
+            self._quantize(state, centred.flatten(2, 3), tokens.start)
+        start = max(start, sealed_groups * self.group_size)
+        if start < stop:
+            if sealed_groups > 0:
+                borrowed = centre[:, :, sealed_groups - 1]
+                centre[:, :, sealed_groups] = borrowed
+            else:
+                borrowed = centre[:, :, 0].zero_()
+            centred = finite_keys(keys[:, :, start:stop]) - borrowed.float().unsqueeze(2)
+            self._quantize(state, centred, start)
+
+    def calibrate(self, state: list[Tensor], query: Tensor, keys: Tensor, length: int) -> bool:
+        """Set the balance from sampled queries ``[B, H, n, D]`` and up to 32 groups of keys.
+
+        With fewer than 128 tokens there is too little to learn from and the balance stays.
+        """
+        num_groups = length // self.group_size
+        if length < MIN_CALIBRATION_TOKENS or num_groups == 0:
+            return False
+        chosen = torch.linspace(0, num_groups - 1, min(num_groups, _CALIBRATION_GROUPS)).long()
+        tokens = chosen[:, None] * self.group_size + torch.arange(self.group_size)
+        sampled = keys.index_select(2, tokens.flatten().to(keys.device))
+        groups = finite_keys(sampled).unflatten(2, (-1, self.group_size))
+        key_energy = (groups - groups.mean(3, keepdim=True)).square().mean((2, 3))  # [B, H, D]
+        query_energy = finite_keys(query).square().mean(2)
+        balance = (_floored(query_energy) / _floored(key_energy)).pow(0.25)
+        # Only the ratios between channels matter; a geometric mean of 1 keeps scales in float16.
+        balance /= balance.log().mean(-1, keepdim=True).exp()
+        state[3].copy_(balance)
+        return True
+
+    def scores(self, state: list[Tensor], query: Tensor, length: int) -> Tensor:
+        """``a (R (q / d)) . b + q . mu`` for ``query [B, H, M, D]``: ``[B, H, M, length]``."""
+        planes, scale, centre = (tensor[:, :, : num_tiles(length)] for tensor in state[:3])
+        balance, rotation = state[3], state[5]
+        rotated = (query / balance.unsqueeze(2)) @ rotation
+        high = plane_dot(planes[..., :ROWS, :], rotated)  # [B, H, M, tiles * 512]
+        total = rotated.sum(-1, keepdim=True)
+        if self.bits == 1:
+            projected = 2 * high - total
+        else:
+            low = plane_dot(planes[..., ROWS:, :], rotated)
+            projected = 4 * high + 2 * low - 3 * total
+        means = query @ centre.float().flatten(2, 3).transpose(2, 3)  # [B, H, M, groups]
+        projected = projected * scale.float().flatten(2).unsqueeze(2)
+        projected = projected.unflatten(3, (-1, self.group_size)) + means.unsqueeze(4)
+        return projected.flatten(3)[..., :length]
+
+    def dequantize(self, state: list[Tensor], length: int) -> Tensor:
+        """``mu + R' (a b) / d``: float32 ``[B, H, length, D]``."""
+        planes, scale, centre = (tensor[:, :, : num_tiles(length)] for tensor in state[:3])
+        balance, rotation = state[3], state[5]
+        levels = 2 * read_bits(planes[..., :ROWS, :]).float() - 1
+        if self.bits == 2:
+            levels = 2 * levels + 2 * read_bits(planes[..., ROWS:, :]).float() - 1
+        x = levels * scale.float().flatten(2).unsqueeze(3)
+        centred = (x @ rotation.T) / balance.unsqueeze(2)
+        means = centre.float().flatten(2, 3).repeat_interleave(self.group_size, 2)
+        return (centred + means)[:, :, :length]
+
+    def _quantize(self, state: list[Tensor], centred: Tensor, start: int) -> None:
+        """Write bits and scales of ``centred [B, H, n, D]``, the keys less their centre."""
+        planes, scale, _, balance, signs, _ = state
+        x = rotate(centred * balance.unsqueeze(2), signs)
+        is_high = x >= 0
+        magnitude = x.abs()
+        energy = halving_sum(x * x, -1)
+        if self.bits == 1:
+            overlap = halving_sum(magnitude, -1)
+        else:
+            threshold = TWO_BIT_THRESHOLD * (energy / self.head_dim).sqrt()
+            is_outer = magnitude > threshold.unsqueeze(-1)
+            overlap = halving_sum(magnitude * (1 + 2 * is_outer.float()), -1)
+            write_bits(planes[..., ROWS:, :], start, is_high == is_outer)
+        write_bits(planes[..., :ROWS, :], start, is_high)
+        length = torch.where(overlap > 0, energy / overlap, 0.0)
+        stop = start + centred.shape[2]
+        scale.view(*scale.shape[:2], -1)[:, :, start:stop] = to_float16(length)
+
+
+def _floored(energy: Tensor) -> Tensor:
+    """Energies no smaller than a millionth of their mean, and never zero."""
+    return energy.clamp_min(1e-20).maximum(1e-6 * energy.mean(-1, keepdim=True))

@@ -1,0 +1,213 @@
+"""The specification: eager retrieval attention, on any device and in float64 where asked.
+
+Kernels, masks and tiers are each tested against these functions and never against each other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fierpatch.index import KeyIndex
+from fierpatch.select import causal_visible, select
+
+
+def exact_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """``q . k`` for every query head and token.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        keys: ``[B, H, S, D]``.
+
+    Returns:
+        ``[B, Hq, T, S]``, float32, or float64 where the query is.
+    """
+    dtype = _working_dtype(query)
+    grouped = _fold_groups(query.to(dtype), keys.shape[1])  # [B, H, G * T, D]
+    return _unfold_groups(grouped @ keys.to(dtype).transpose(2, 3), query)
+
+
+def index_scores(index: KeyIndex, state: list[Tensor], query: Tensor, length: int) -> Tensor:
+    """The index's estimate of ``q . k``: float32 ``[B, Hq, T, length]``."""
+    grouped = _fold_groups(query.float(), state[0].shape[1])
+    return _unfold_groups(index.scores(state, grouped, length), query)
+
+
+def select_from_index(
+    index: KeyIndex,
+    state: list[Tensor],
+    query: Tensor,
+    length: int,
+    *,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """Score every token, then select.
+
+    Args:
+        index, state: the key index of the layer.
+        query: ``[B, Hq, T, D]``, the newest T of `length` tokens.
+        length: tokens stored, those of the query included.
+        visible: bool, broadcastable to ``[B, 1, T, length]``; None means causal.
+
+    Returns:
+        int64 ``[B, H or Hq, T, min(budget, length)]``, see `select_tokens`.
+    """
+    num_queries = query.shape[2]
+    if visible is None and num_queries > 1:
+        visible = causal_visible(num_queries, length, query.device)
+    return select(
+        index_scores(index, state, query, length),
+        num_kv_heads=state[0].shape[1],
+        budget=budget,
+        sinks=sinks,
+        recent=recent,
+        per_query_head=per_query_head,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        visible=visible,
+    )
+
+
+def gather_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Exact attention over the chosen tokens only.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        keys: ``[B, H, S, D]``.
+        values: ``[B, H, S, Dv]``.
+        token_indices: integers ``[B, H or Hq, T, K]``; -1 marks an unused slot.
+        scale, softcap, sink_logits: as in `attention_weights`.
+
+    Returns:
+        ``[B, Hq, T, Dv]`` in the query's dtype, computed in float32 (float64 where the query is);
+        0 for a query without tokens.
+    """
+    batch_size, num_query_heads, num_queries, _ = query.shape
+    num_kv_heads, num_lists = keys.shape[1], token_indices.shape[1]
+    dtype = _working_dtype(query)
+    is_used = token_indices >= 0
+    # An unused slot reads the row's first token instead: its weight is 0, and padding may be NaN.
+    rows = torch.where(is_used, token_indices, token_indices[..., :1].clamp_min(0))
+    kv_head = torch.arange(num_lists, device=query.device) // (num_lists // num_kv_heads)
+    row_of_head = torch.arange(batch_size, device=query.device)[:, None] * num_kv_heads + kv_head
+    flat = (row_of_head[:, :, None, None] * keys.shape[2] + rows).flatten()
+
+    def gather(tensor: Tensor) -> Tensor:
+        chosen = tensor.reshape(-1, tensor.shape[-1]).index_select(0, flat)
+        return chosen.view(*rows.shape, -1).to(dtype)  # [B, lists, T, K, D]
+
+    grouped = query.to(dtype).unflatten(1, (num_lists, -1)).transpose(2, 3)  # [B, lists, T, G, D]
+    logits = grouped @ gather(keys).transpose(3, 4) * scale
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~is_used.unsqueeze(3), -torch.inf)
+    if sink_logits is not None:
+        sink = sink_logits.to(dtype).view(1, num_lists, 1, -1, 1)
+        logits = torch.cat((logits, sink.expand(*logits.shape[:-1], 1)), dim=-1)
+        weights = logits.softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    output = weights @ gather(values)  # [B, lists, T, G, Dv]
+    output = torch.where(is_used.any(-1)[..., None, None], output, 0.0)
+    return output.transpose(2, 3).flatten(1, 2).to(query.dtype)
+
+
+def masked_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Dense attention over the tokens that a boolean mask allows.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        keys, values: ``[B, H, S, D]``, ``[B, H, S, Dv]``.
+        visible: bool, broadcastable to ``[B, Hq, T, S]``.
+
+    Returns:
+        ``[B, Hq, T, Dv]`` in the query's dtype; 0 for a query that sees nothing.
+    """
+    dtype = _working_dtype(query)
+    logits = exact_scores(query, keys) * scale
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if sink_logits is not None:
+        sink = sink_logits.to(dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
+        weights = torch.cat((logits, sink), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    visible = visible.expand_as(weights)
+    weights = weights.masked_fill(~visible, 0.0)
+    grouped = weights.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, G * T, S]
+    # A token that no query of the row sees may hold NaN, which a weight of 0 would let through.
+    is_seen = visible.unflatten(1, (keys.shape[1], -1)).any(2).any(2)  # [B, H, S]
+    output = grouped @ values.to(dtype).masked_fill(~is_seen.unsqueeze(3), 0.0)
+    return _unfold_groups(output, query).to(query.dtype)
+
+
+def attention_mass(
+    query: Tensor,
+    keys: Tensor,
+    token_indices: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """The share of exact attention weight that falls on the chosen tokens.
+
+    Arguments as in `gather_attention` and `attention_weights`. With attention sinks the weight
+    that goes to the sink is left out of both sides.
+
+    Returns:
+        ``[B, Hq, T]`` in 0 .. 1.
+    """
+    num_query_heads = query.shape[1]
+    if visible is None and query.shape[2] > 1:
+        visible = causal_visible(query.shape[2], keys.shape[2], query.device)
+    logits = exact_scores(query, keys) * scale
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    weights = logits.softmax(-1)
+    lists = token_indices.repeat_interleave(num_query_heads // token_indices.shape[1], dim=1)
+    return weights.gather(-1, lists.clamp_min(0)).masked_fill(lists < 0, 0.0).sum(-1)
+
+
+def _working_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _fold_groups(query: Tensor, num_kv_heads: int) -> Tensor:
+    """``[B, Hq, T, D]`` to ``[B, H, G * T, D]``: one product a KV head serves its whole group."""
+    return query.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+
+
+def _unfold_groups(grouped: Tensor, query: Tensor) -> Tensor:
+    """``[B, H, G * T, n]`` back to ``[B, Hq, T, n]``."""
+    return grouped.unflatten(2, (-1, query.shape[2])).flatten(1, 2)

@@ -1,0 +1,292 @@
+"""What the patch does and costs: the report of a run, and the estimate before one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from fierpatch.cache import BUCKET_SIZE, LayerFacts
+from fierpatch.config import FierConfig
+from fierpatch.errors import ConfigError
+from fierpatch.hf.support import LayerLayout, layer_layout
+from fierpatch.index import make_index
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        number: the layer's number in the model.
+        kind: ``"sparse"``, ``"dense"``, ``"sliding"`` or ``"other"``.
+        reason: why it is of that kind.
+        tokens: tokens stored, a row of the batch.
+        tokens_attended: tokens attended by a KV head in one decode step.
+        bytes_read: bytes of index, K and V that one decode step reads.
+        bytes_read_dense: bytes that dense attention would read.
+        kv_bytes: bytes held for K and V.
+        index_bytes: bytes held for the index.
+        key_access_ratio: bytes of index and keys read over the bytes of all keys (FIER, section 3).
+    """
+
+    number: int
+    kind: str
+    reason: str
+    tokens: int
+    tokens_attended: int
+    bytes_read: int
+    bytes_read_dense: int
+    kv_bytes: int
+    index_bytes: int
+    key_access_ratio: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every layer, and their sums; printing it gives a table."""
+
+    layers: list[LayerReport]
+    title: str = field(default="", compare=False)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held for K and V by all layers."""
+        return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes held for the index by all layers."""
+        return sum(layer.index_bytes for layer in self.layers)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that one decode step reads of index, K and V."""
+        return sum(layer.bytes_read for layer in self.layers)
+
+    @property
+    def bytes_read_dense(self) -> int:
+        """Bytes of K and V that one dense decode step would read."""
+        return sum(layer.bytes_read_dense for layer in self.layers)
+
+    @property
+    def active_fraction(self) -> float:
+        """Tokens attended over tokens stored, mean over the sparse layers.
+
+        Nothing is ever evicted: by the definition of "Cache Me If You Can" (arXiv 2506.17121) the
+        KV footprint of retrieval is 1.
+        """
+        ratios = [
+            layer.tokens_attended / layer.tokens
+            for layer in self.layers
+            if layer.kind == "sparse" and layer.tokens
+        ]
+        return sum(ratios) / len(ratios) if ratios else 1.0
+
+    def __str__(self) -> str:
+        header = ("layers", "kind", "attended", "of", "read/step", "KV held", "index", "reason")
+        rows = [header]
+        for _, group in groupby(self.layers, key=_without_number):
+            members = list(group)
+            first, last = members[0], members[-1]
+            numbers = str(first.number) if first is last else f"{first.number}-{last.number}"
+            rows.append(
+                (
+                    numbers,
+                    first.kind,
+                    str(first.tokens_attended),
+                    str(first.tokens),
+                    _readable(sum(layer.bytes_read for layer in members)),
+                    _readable(sum(layer.kv_bytes for layer in members)),
+                    _readable(sum(layer.index_bytes for layer in members)),
+                    first.reason,
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                 for row in rows]
+        saved = self.bytes_read / self.bytes_read_dense if self.bytes_read_dense else 1.0
+        lines.append(
+            f"total: reads {_readable(self.bytes_read)} a step, {saved:.1%} of dense; holds "
+            f"{_readable(self.kv_bytes)} of KV and {_readable(self.index_bytes)} of index"
+        )
+        return "\n".join(([self.title] if self.title else []) + [line.rstrip() for line in lines])
+
+
+def report(model_config: Any, settings: FierConfig, facts: dict[int, LayerFacts]) -> Report:
+    """The report of a run from the numbers its cache left, all zero before the first run.
+
+    Args:
+        model_config: the model's transformers configuration.
+        settings: the settings of the patch.
+        facts: `FierCache.facts`.
+    """
+    layout = layer_layout(model_config.get_text_config(decoder=True))
+    lengths = [int(fact.counters[0]) for fact in facts.values()]
+    layers = []
+    for number, layer in enumerate(layout):
+        fact = facts.get(number)
+        if fact is None:
+            # A layer of transformers' own: as long as ours, and as wide as the configuration says.
+            length = max(lengths, default=0)
+            shape = _Shape.of_layout(layer, next(iter(facts.values()), None))
+            layers.append(_layer_report(number, layer, settings, shape, length))
+        else:
+            shape = _Shape(
+                fact.batch_size * fact.num_kv_heads,
+                fact.head_dim,
+                fact.value_head_dim,
+                fact.itemsize,
+                fact.kv_nbytes,
+                fact.index_nbytes,
+            )
+            layers.append(
+                _layer_report(number, layer, settings, shape, int(fact.counters[0]))
+            )
+    return Report(layers)
+
+
+def estimate(
+    config: Any,
+    context: int,
+    batch: int = 1,
+    *,
+    dtype: torch.dtype | str | None = None,
+    settings: FierConfig | None = None,
+    **options: Any,
+) -> Report:
+    """The bytes a context needs and a step reads, before anything is allocated.
+
+    Args:
+        config: a transformers configuration, or a model that has one.
+        context: tokens a row, prompt and generated.
+        batch: rows.
+        dtype: of K and V; None means the configuration's, or bfloat16 where it states none.
+        settings: the settings of the patch; None means ``FierConfig(**options)``.
+        **options: fields of `FierConfig`.
+
+    Returns:
+        A `Report` of every layer; printing it gives a table.
+
+    Raises:
+        ConfigError: `context` or `batch` is not positive, or an option is bad.
+    """
+    for name, value in (("context", context), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a positive integer")
+    if settings is None:
+        settings = FierConfig.from_dict(options)
+    elif options:
+        settings = settings.replace(**options)
+    model_config = getattr(config, "config", config)
+    text_config = model_config.get_text_config(decoder=True)
+    if dtype is None:
+        dtype = getattr(text_config, "dtype", None) or torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is not a torch dtype: use one such as torch.bfloat16")
+    capacity = -(-context // BUCKET_SIZE) * BUCKET_SIZE
+    layers = []
+    for number, layer in enumerate(layer_layout(text_config)):
+        heads = batch * layer.num_kv_heads
+        row = 2 * layer.head_dim * dtype.itemsize
+        if layer.kind != "full":
+            kv_bytes, index_bytes = heads * row * _seen(layer, context), 0
+        else:
+            kv_bytes = heads * row * capacity
+            is_dense = number < settings.dense_layers
+            index_bytes = 0 if is_dense else round(heads * capacity * _index_bytes(settings, layer))
+        shape = _Shape(
+            heads, layer.head_dim, layer.head_dim, dtype.itemsize, kv_bytes, index_bytes
+        )
+        layers.append(_layer_report(number, layer, settings, shape, context))
+    name = getattr(text_config, "model_type", "model")
+    return Report(
+        layers, title=f"{name}: {context} tokens, batch {batch}, {str(dtype).split('.')[-1]}"
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    heads: int  # rows of the batch times KV heads
+    head_dim: int
+    value_head_dim: int
+    itemsize: int
+    kv_bytes: int
+    index_bytes: int
+
+    @classmethod
+    def of_layout(cls, layer: LayerLayout, like: LayerFacts | None) -> _Shape:
+        if like is None:
+            return cls(0, layer.head_dim, layer.head_dim, 0, 0, 0)
+        heads = like.batch_size * layer.num_kv_heads
+        row = 2 * layer.head_dim * like.itemsize
+        length = _seen(layer, int(like.counters[0]))
+        return cls(
+            heads, layer.head_dim, layer.head_dim, like.itemsize, heads * row * length, 0
+        )
+
+
+def _layer_report(
+    number: int, layer: LayerLayout, settings: FierConfig, shape: _Shape, length: int
+) -> LayerReport:
+    key_row, value_row = (
+        size * shape.itemsize for size in (shape.head_dim, shape.value_head_dim)
+    )
+    seen = _seen(layer, length)
+    dense = shape.heads * seen * (key_row + value_row)
+    if layer.kind == "full" and number >= settings.dense_layers:
+        kind = "sparse"
+        lists = 1
+        if settings.per_query_head:
+            kind_note = "one list a query head"
+        else:
+            kind_note = "one list a KV head"
+        reason = f"{settings.index} index, {settings.bits} bit, {kind_note}"
+        attended = min(settings.budget, length)
+        scanned = length * _index_bytes(settings, layer)
+        read = round(shape.heads * (scanned + lists * attended * (key_row + value_row)))
+        key_bytes = length * key_row
+        ratio = (scanned + attended * key_row) / key_bytes if key_bytes else 1.0
+    else:
+        attended, read, ratio = seen, dense, 1.0
+        if layer.kind == "full":
+            kind, reason = "dense", f"one of the first dense_layers={settings.dense_layers}"
+        elif layer.kind == "sliding":
+            kind, reason = "sliding", f"sees {layer.window} tokens; transformers' own cache"
+        else:
+            kind, reason = "other", "not full attention; transformers' own cache"
+    return LayerReport(
+        number, kind, reason, length, attended, read, dense, shape.kv_bytes, shape.index_bytes, ratio
+    )
+
+
+def _index_bytes(settings: FierConfig, layer: LayerLayout) -> float:
+    index = make_index(
+        settings.index,
+        head_dim=layer.head_dim,
+        bits=settings.bits,
+        group_size=settings.index_group_size,
+    )
+    return index.bytes_per_token
+
+
+def _seen(layer: LayerLayout, length: int) -> int:
+    return min(length, layer.window) if layer.window else length
+
+
+def _without_number(layer: LayerReport) -> Iterable[Any]:
+    return (layer.kind, layer.reason, layer.tokens, layer.tokens_attended)
+
+
+def _readable(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
