@@ -82,7 +82,9 @@ class LayerCache:
         self.state: list[Tensor] = []
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.counters = torch.zeros(3, dtype=torch.int64)
+        # Tensors born in inference mode could not be updated outside it, in a later turn.
+        with torch.inference_mode(False):
+            self.counters = torch.zeros(3, dtype=torch.int64)
         self.facts = LayerFacts(self.counters)
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
@@ -206,7 +208,6 @@ class LayerCache:
         if not self.is_static:
             self._check_positions(num_new)
             self.capacity = max(self.capacity, _round_up(num_new))
-        # Buffers born in inference mode could not be updated outside it, in a later turn.
         with torch.inference_mode(False):
             self.keys = key.new_zeros((batch_size, num_kv_heads, self.capacity, head_dim))
             self.values = value.new_zeros(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fierpatch.errors import ConfigError
+
 
 def causal_visible(num_queries: int, length: int, device: torch.device) -> Tensor:
     """Bool ``[1, 1, T, S]``: the last `num_queries` of `length` tokens, each seeing up to itself."""
@@ -69,13 +71,22 @@ def select_tokens(
     Returns:
         int64 ``[B, H, T, min(budget, S)]``, ascending; where a row sees fewer tokens, the unused
         slots at the end are -1.
+
+    Raises:
+        ConfigError: the budget is below sinks + recent, so it could not hold the newest token.
     """
+    if budget < sinks + recent:
+        raise ConfigError(
+            f"budget={budget} is below sinks + recent = {sinks} + {recent}, which it includes: "
+            "raise budget, or lower sinks or recent"
+        )
     num_tokens = priority.shape[-1]
     if visible is None:
         priority = priority.clone()
         priority[..., :sinks] = torch.inf
         priority[..., max(num_tokens - recent, 0) :] = torch.inf
     else:
+        visible = visible.expand(*visible.shape[:-1], num_tokens)
         rank = visible.cumsum(-1)  # 1 at the first visible token
         is_kept = (rank <= sinks) | (rank > rank[..., -1:] - recent)
         priority = priority.masked_fill(is_kept, torch.inf).masked_fill(~visible, -torch.inf)
@@ -89,7 +100,13 @@ def top_k(priority: Tensor, k: int) -> Tensor:
     """
     num_tokens = priority.shape[-1]
     if k < num_tokens:
-        threshold = priority.topk(k, sorted=False).values.amin(-1, keepdim=True)
+        largest, indices = priority.topk(k, sorted=False)
+        threshold = largest.amin(-1, keepdim=True)
+        if priority.device.type == "cpu":
+            # Without a tie at the threshold the k largest are the answer; asking costs no sync here.
+            has_ties = ((priority >= threshold).sum(-1) > k).any() | threshold.isneginf().any()
+            if not has_ties:
+                return indices.sort(-1).values
         is_above = priority > threshold
         is_tie = priority == threshold
         num_ties = k - is_above.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Texts to evaluate on: a public-domain novel, and the fillers that passkeys are hidden in."""
+"""Texts to evaluate on: a public-domain novel, and the fillers that answers are hidden in."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import gzip
 import re
 from importlib.resources import files
 
-from fierpatch import errors
+from fierpatch.errors import ConfigError
 
 FILLERS = ("novel", "repeat")
 
-# Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), appendix: the passkey task's filler.
+# The filler of the passkey task of Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300).
 _REPEAT = (
     "The grass is green.",
     "The sky is blue.",
@@ -26,24 +26,25 @@ _SENTENCE_END = re.compile(
 
 
 def persuasion() -> str:
-    """Jane Austen's *Persuasion* (1818), 0.47 MB of plain ASCII text with the lines of the printed page."""
-    return gzip.decompress((files("fierpatch") / "data" / "persuasion.txt.gz").read_bytes()).decode("ascii")
+    """Jane Austen's *Persuasion* (1818): 0.47 MB of ASCII text in the lines of a printed page."""
+    compressed = files("fierpatch") / "data" / "persuasion.txt.gz"
+    return gzip.decompress(compressed.read_bytes()).decode("ascii")
 
 
 def filler_sentences(filler: str) -> tuple[str, ...]:
-    """The sentences of a filler, in order and without surrounding whitespace.
+    """The sentences of a filler, in order, each on one line without spaces around it.
 
     Args:
-        filler: ``"novel"`` (the sentences of *Persuasion*) or ``"repeat"`` (the passkey task's classic
-            "The grass is green. The sky is blue. ...", to be cycled).
+        filler: ``"novel"``, the sentences of `persuasion`; or ``"repeat"``, the five of the classic
+            passkey task ("The grass is green. The sky is blue. ..."), to be repeated.
 
     Raises:
-        ConfigError: no such filler.
+        ConfigError: there is no such filler.
     """
     if filler == "repeat":
         return _REPEAT
     if filler == "novel":
-        chapters = _CHAPTER.split(persuasion().removesuffix("\n").removesuffix("Finis"))[1:]
-        text = " ".join(" ".join(chapter.split()) for chapter in chapters)
-        return tuple(_SENTENCE_END.split(text))
-    raise errors.ConfigError(f"unknown filler {filler!r}: choose from {', '.join(map(repr, FILLERS))}")
+        chapters = _CHAPTER.split(persuasion().rstrip().removesuffix("Finis"))[1:]
+        return tuple(_SENTENCE_END.split(" ".join(" ".join(chapters).split())))
+    choices = ", ".join(map(repr, FILLERS))
+    raise ConfigError(f"unknown filler {filler!r}: choose from {choices}")

@@ -1,21 +1,30 @@
-"""Model folders: loading a causal LM with its tokenizer, and converting a GGUF file into such a folder."""
+"""Model folders: loading a causal LM with its tokenizer, and making a folder of a GGUF file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from fierpatch import errors
+from fierpatch.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_WANTED = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+}
+_MODEL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -36,157 +45,153 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM, in eval mode, and its tokenizer from a folder or a Hugging Face hub id.
+    """Load a causal LM, in evaluation mode, and its tokenizer.
 
     Args:
-        path_or_id: a folder holding `config.json`, weights and tokenizer, or a hub id.
-        dtype: floating-point type of the weights; None keeps the type they are stored in.
-        device: where the model goes; None leaves it on the CPU.
+        path_or_id: a folder that holds ``config.json``, weights and tokenizer, or a hub id.
+        dtype: type of the weights; None keeps the one they are stored in.
+        device: where the model goes; None means the CPU.
 
     Raises:
-        CheckpointError: the folder or id has no loadable causal LM or no tokenizer.
+        CheckpointError: the folder or id has no causal LM with a tokenizer that can be loaded.
 
     Example:
         >>> model, tokenizer = load("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(path_or_id)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise errors.CheckpointError(
-            f"{folder} has no config.json; wanted a folder written by save_pretrained. "
-            "Give such a folder, or a Hugging Face hub id."
+    name = str(path_or_id)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise CheckpointError(
+            f"the folder {name} has no config.json: give one written by save_pretrained, or a "
+            "Hugging Face hub id"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id))
-        model = AutoModelForCausalLM.from_pretrained(str(path_or_id), dtype="auto" if dtype is None else dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise errors.CheckpointError(
-            f"{str(path_or_id)!r} could not be loaded as a causal LM with its tokenizer: {error} "
-            "Wanted a folder written by save_pretrained or a reachable Hugging Face hub id."
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no causal LM with its tokenizer could be loaded from {name!r}: {error} Give a folder "
+            "written by save_pretrained, or the id of a model on the Hugging Face hub"
         ) from error
     if device is not None:
-        model.to(device)
-    model.eval()
-    return model, tokenizer
+        model.to(torch.device(device))
+    return model.eval(), tokenizer
 
 
 def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> Path:
-    """Convert a GGUF file of the Llama architecture with a GPT-2 style tokenizer into a model folder.
+    """Make a plain model folder of a SmolLM2 GGUF file.
 
-    The folder holds `config.json`, `generation_config.json`, `model.safetensors` (bf16), `tokenizer.json` and
-    `tokenizer_config.json`; `load` and `AutoModelForCausalLM.from_pretrained` read it without gguf or accelerate.
-    Quantised tensors are dequantised to fp32 and then rounded to bf16.
+    The folder holds ``config.json``, ``generation_config.json``, ``model.safetensors``,
+    ``tokenizer.json`` and ``tokenizer_config.json``; to load it takes neither gguf nor accelerate.
+    Weights are dequantised to fp32 and rounded to bf16, so the logits are those of
+    ``from_pretrained(..., gguf_file=...)`` up to that rounding.
 
     Args:
-        gguf_path: the GGUF file; made for SmolLM2, whose pre-tokenizer splits digits one by one.
-        out_dir: the folder to write, created where missing.
+        gguf_path: a GGUF file of the Llama architecture with the tokenizer of SmolLM.
+        out_dir: the folder to write, made where it is missing.
 
     Returns:
-        `out_dir` as a Path.
+        `out_dir`.
 
     Raises:
-        MissingDependencyError: the gguf package is not installed.
-        CheckpointError: the file is not a GGUF, or of another architecture or tokenizer.
+        MissingDependencyError: gguf is not installed.
+        CheckpointError: the file is no GGUF, or holds another architecture or tokenizer.
     """
     reader = _open_gguf(Path(gguf_path))
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     for name, wanted in _WANTED.items():
         if metadata.get(name) != wanted:
-            raise errors.CheckpointError(
-                f"{gguf_path} has {name} = {metadata.get(name)!r}; wanted {wanted!r}. "
-                "Only SmolLM2 GGUF files can be converted: give a model folder or hub id to load instead."
+            raise CheckpointError(
+                f"{gguf_path} has {name} = {metadata.get(name)!r}, wanted {wanted!r}: only SmolLM2 "
+                "can be converted; give other models as a folder or hub id"
             )
+    weights = _weights(reader, metadata)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    state = _state_dict(reader, metadata["llama.attention.head_count"], metadata["llama.attention.head_count_kv"])
-    _write_weights(state, out)
-    _write_json(out / "config.json", _config(metadata, is_tied="lm_head.weight" not in state))
-    _write_json(out / "generation_config.json", _special_token_ids(metadata))
+    _write_weights(weights, out)
+    _write_json(out / "config.json", _config(metadata, is_tied="lm_head.weight" not in weights))
+    _write_json(out / "generation_config.json", _special_ids(metadata))
     _write_tokenizer(metadata, out)
     return out
-
-
-_WANTED = {
-    "general.architecture": "llama",
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "smollm",
-}
 
 
 def _open_gguf(path: Path) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise errors.MissingDependencyError(
-            "converting a GGUF file needs the gguf package, which is not installed. "
+        raise MissingDependencyError(
+            "converting a GGUF file needs the package gguf, which is not installed. "
             "Run: pip install 'fierpatch[demo]'"
         ) from error
     try:
         return GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise errors.CheckpointError(f"{path} could not be read as a GGUF file: {error}") from error
+    except (OSError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a GGUF file: {error}. It may be cut short: fetch it again"
+        ) from error
 
 
-def _state_dict(reader: GGUFReader, num_heads: int, num_kv_heads: int) -> dict[str, torch.Tensor]:
+def _weights(reader: GGUFReader, metadata: dict[str, Any]) -> dict[str, Tensor]:
     from gguf import dequantize
 
-    permuted: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "attn_q": lambda weight: _to_half_split(weight, num_heads),
-        "attn_k": lambda weight: _to_half_split(weight, num_kv_heads),
+    num_heads = {
+        "attn_q": metadata["llama.attention.head_count"],
+        "attn_k": metadata["llama.attention.head_count_kv"],
     }
-    state: dict[str, torch.Tensor] = {}
+    weights = {}
     for tensor in reader.tensors:
         stem, _, kind = tensor.name.rpartition(".")
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if stem.startswith("blk."):
             _, layer, part = stem.split(".")
             name = f"model.layers.{layer}.{_LAYER_NAMES[part]}"
-            weight = permuted.get(part, lambda unchanged: unchanged)(weight)
+            if part in num_heads:
+                weight = _split_halves(weight, num_heads[part])
         else:
             name = _MODEL_NAMES[stem]
-        state[f"{name}.{kind}"] = weight.to(torch.bfloat16).contiguous()
-    return state
+        weights[f"{name}.{kind}"] = weight.bfloat16()
+    return weights
 
 
-def _to_half_split(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undo llama.cpp's permutation: its RoPE pairs neighbouring channels, transformers' pairs the two halves."""
-    num_pairs = weight.shape[0] // num_heads // 2
-    return weight.view(num_heads, num_pairs, 2, -1).transpose(1, 2).reshape(weight.shape)
+def _split_halves(weight: Tensor, num_heads: int) -> Tensor:
+    """Reorder a head's channels: RoPE pairs neighbours in llama.cpp, halves in transformers."""
+    pairs = weight.view(num_heads, -1, 2, weight.shape[-1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _write_weights(state: dict[str, torch.Tensor], out: Path) -> None:
+def _write_weights(weights: dict[str, Tensor], out: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def _config(metadata: dict[str, Any], *, is_tied: bool) -> dict[str, Any]:
+    hidden_size = metadata["llama.embedding_length"]
     num_heads = metadata["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "hidden_size": metadata["llama.embedding_length"],
+        "hidden_size": hidden_size,
         "intermediate_size": metadata["llama.feed_forward_length"],
         "num_hidden_layers": metadata["llama.block_count"],
         "num_attention_heads": num_heads,
         "num_key_value_heads": metadata["llama.attention.head_count_kv"],
-        "head_dim": metadata["llama.embedding_length"] // num_heads,
+        "head_dim": hidden_size // num_heads,
         "max_position_embeddings": metadata["llama.context_length"],
-        # The metadata is fp32; six digits bring back the decimal that was meant (1e-05).
+        # Stored in fp32; six digits give the decimal back that was meant, 1e-05.
         "rms_norm_eps": float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": metadata["llama.rope.freq_base"],
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": is_tied,
         "torch_dtype": "bfloat16",
-        **_special_token_ids(metadata),
+        **_special_ids(metadata),
     }
 
 
-def _special_token_ids(metadata: dict[str, Any]) -> dict[str, int]:
+def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
     return {
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
@@ -199,28 +204,31 @@ def _write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    # What the GGUF calls "smollm": each digit by itself, the rest as in GPT-2.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"]
-    controls = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
+    types = metadata["tokenizer.ggml.token_type"]
+    controls = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in controls])
     tokenizer.save(str(out / "tokenizer.json"))
-    _write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": metadata["llama.context_length"],
-            "clean_up_tokenization_spaces": False,
-            "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
-            "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
-            "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
-            "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
-            "chat_template": metadata["tokenizer.chat_template"],
-        },
-    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+    _write_json(out / "tokenizer_config.json", settings)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ class KeyIndex(Protocol):
     calibration) alone: appending in one call or token by token gives equal tensors.
     """
 
-    head_dim: int
-    num_constants: int
-    tiled: tuple[bool, ...]
+    num_constants: ClassVar[int]
+    tiled: ClassVar[tuple[bool, ...]]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key."""
 
     @property
     def bytes_per_token(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fierpatch.index.base import finite_keys, to_float16
 from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles, plane_dot, read_bits, write_bits
-from fierpatch.index.rotation import halving_sum, random_signs, rotate, rotation_matrix
+from fierpatch.index.rotation import rotate, rotation_matrix
 
 # Levels -3, -1, 1, 3 with the step at 0.9816 sigma: the 4-level uniform-ratio quantiser of a normal
 # variable with the least squared error (Max, 1960).
@@ -35,7 +35,7 @@ class RotatedIndex:
 
     The state is planes int16 ``[B, H, tiles, bits * 32, D]`` (the high bit's 32 rows first), scale
     float16 ``[B, H, tiles, 512]``, centre float16 ``[B, H, tiles, 512 / group_size, D]``, balance
-    float32 ``[B, H, D]`` and the constants, float32 signs ``[D]`` and rotation ``[D, D]``.
+    float32 ``[B, H, D]`` and one constant, the rotation's float64 matrix ``[D, D]``.
     """
 
     head_dim: int
@@ -43,8 +43,8 @@ class RotatedIndex:
     group_size: int = 128
     seed: int = 0
 
-    num_constants: ClassVar[int] = 2
-    tiled: ClassVar[tuple[bool, ...]] = (True, True, True, False, False, False)
+    num_constants: ClassVar[int] = 1
+    tiled: ClassVar[tuple[bool, ...]] = (True, True, True, False, False)
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,14 +58,12 @@ class RotatedIndex:
         lead = (batch_size, num_kv_heads)
         tiles = num_tiles(num_tokens)
         rows, groups = self.bits * ROWS, TILE_SIZE // self.group_size
-        signs = random_signs(self.head_dim, self.seed).to(device)
         return [
             torch.zeros(*lead, tiles, rows, self.head_dim, dtype=torch.int16, device=device),
             torch.zeros(*lead, tiles, TILE_SIZE, dtype=torch.float16, device=device),
             torch.zeros(*lead, tiles, groups, self.head_dim, dtype=torch.float16, device=device),
             torch.ones(*lead, self.head_dim, device=device),
-            signs,
-            rotation_matrix(signs),
+            rotation_matrix(self.head_dim, self.seed).to(device),
         ]
 
     def append(self, state: list[Tensor], keys: Tensor, start: int, stop: int) -> None:
@@ -77,7 +75,7 @@ class RotatedIndex:
             last = min(first + at_once, sealed_groups)
             tokens = slice(first * self.group_size, last * self.group_size)
             groups = finite_keys(keys[:, :, tokens]).unflatten(2, (-1, self.group_size))
-            mean = to_float16(halving_sum(groups, 3) / self.group_size)
+            mean = to_float16(groups.double().mean(3).float())
             centre[:, :, first:last] = mean
             centred = groups - mean.float().unsqueeze(3)
             self._quantize(state, centred.flatten(2, 3), tokens.start)
@@ -114,8 +112,8 @@ class RotatedIndex:
     def scores(self, state: list[Tensor], query: Tensor, length: int) -> Tensor:
         """``a (R (q / d)) . b + q . mu`` for ``query [B, H, M, D]``: ``[B, H, M, length]``."""
         planes, scale, centre = (tensor[:, :, : num_tiles(length)] for tensor in state[:3])
-        balance, rotation = state[3], state[5]
-        rotated = (query / balance.unsqueeze(2)) @ rotation
+        balance, rotation = state[3:]
+        rotated = rotate(query / balance.unsqueeze(2), rotation)
         high = plane_dot(planes[..., :ROWS, :], rotated)  # [B, H, M, tiles * 512]
         total = rotated.sum(-1, keepdim=True)
         if self.bits == 1:
@@ -131,28 +129,29 @@ class RotatedIndex:
     def dequantize(self, state: list[Tensor], length: int) -> Tensor:
         """``mu + R' (a b) / d``: float32 ``[B, H, length, D]``."""
         planes, scale, centre = (tensor[:, :, : num_tiles(length)] for tensor in state[:3])
-        balance, rotation = state[3], state[5]
+        balance, rotation = state[3:]
         levels = 2 * read_bits(planes[..., :ROWS, :]).float() - 1
         if self.bits == 2:
             levels = 2 * levels + 2 * read_bits(planes[..., ROWS:, :]).float() - 1
         x = levels * scale.float().flatten(2).unsqueeze(3)
-        centred = (x @ rotation.T) / balance.unsqueeze(2)
+        # The inverse of a rotation is its transpose.
+        centred = rotate(x, rotation.T) / balance.unsqueeze(2)
         means = centre.float().flatten(2, 3).repeat_interleave(self.group_size, 2)
         return (centred + means)[:, :, :length]
 
     def _quantize(self, state: list[Tensor], centred: Tensor, start: int) -> None:
         """Write bits and scales of ``centred [B, H, n, D]``, the keys less their centre."""
-        planes, scale, _, balance, signs, _ = state
-        x = rotate(centred * balance.unsqueeze(2), signs)
+        planes, scale, _, balance, rotation = state
+        x = rotate(centred * balance.unsqueeze(2), rotation)
         is_high = x >= 0
-        magnitude = x.abs()
-        energy = halving_sum(x * x, -1)
+        magnitude = x.abs().double()
+        energy = magnitude.square().sum(-1)
         if self.bits == 1:
-            overlap = halving_sum(magnitude, -1)
+            overlap = magnitude.sum(-1)
         else:
             threshold = TWO_BIT_THRESHOLD * (energy / self.head_dim).sqrt()
             is_outer = magnitude > threshold.unsqueeze(-1)
-            overlap = halving_sum(magnitude * (1 + 2 * is_outer.float()), -1)
+            overlap = (magnitude * (1 + 2 * is_outer)).sum(-1)
             write_bits(planes[..., ROWS:, :], start, is_high == is_outer)
         write_bits(planes[..., :ROWS, :], start, is_high)
         length = torch.where(overlap > 0, energy / overlap, 0.0)
