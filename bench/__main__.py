@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NOT_BENCHES = {"__init__", "__main__", "rows"}
+NOT_BENCHES = {"__init__", "__main__", "prompts", "rows"}
 
 
 def main() -> int:

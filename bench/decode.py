@@ -1,8 +1,8 @@
 """What does one decode step cost, patched and not, and where does the time go?
 
 The peer is the same model unpatched (SDPA, DynamicCache) in the same process, steps of both taken
-in turn. Caches are filled with random keys and values, so a long context costs no prefill. Stages are
-timed on one layer of the patched model and multiplied by its number of sparse layers.
+in turn. Caches are filled with random keys and values, so a long context costs no prefill. Stages
+are timed on one layer of the patched model and multiplied by its number of sparse layers.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def main(arguments: list[str]) -> None:
     print("saved", save("decode", options.device, rows))
 
 
-def measure(
-    model: Any, context: int, steps: int, settings: dict[str, Any]
-) -> list[dict[str, Any]]:
+def measure(model: Any, context: int, steps: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of one context length: whole steps of both, then the stages of one layer."""
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     handle = fierpatch.apply(model, **settings)
@@ -112,7 +110,7 @@ def fill(model: Any, cache: Any, length: int) -> None:
 
 def stages(model: Any, store: LayerCache) -> dict[str, Callable[[], object]]:
     """The stages of one sparse layer as functions without arguments."""
-    assert store.keys is not None and store.values is not None and store.index is not None
+    assert store.index is not None
     keys, values, index = store.keys, store.values, store.index
     length, head_dim, settings = store.num_tokens, keys.shape[3], store.config
     num_heads, scale = model.config.num_attention_heads, head_dim**-0.5
@@ -134,9 +132,7 @@ def stages(model: Any, store: LayerCache) -> dict[str, Callable[[], object]]:
     }
 
 
-def interleaved(
-    functions: dict[str, Callable[[], object]], steps: int
-) -> dict[str, list[float]]:
+def interleaved(functions: dict[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
     """Milliseconds of each call, the functions taken in turn after three warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for step in range(steps + 3):

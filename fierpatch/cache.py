@@ -21,7 +21,7 @@ MARK = "_fierpatch_layer"  # the attribute by which returned keys and values nam
 
 
 class Observer(Protocol):
-    """Called at each retrieval with what was selected; see `LayerCache.observer`."""
+    """Sees each retrieval of each layer; see `FierCache.observe`."""
 
     def __call__(
         self,
@@ -31,7 +31,8 @@ class Observer(Protocol):
         visible: Tensor | None,
         scale: float,
         softcap: float,
-    ) -> None: ...
+    ) -> None:
+        """Called between selection and attention, with the arguments of `LayerCache.attend`."""
 
 
 @dataclass
@@ -80,14 +81,18 @@ class LayerCache:
         self.observer: Observer | None = None
         self.index: KeyIndex | None = None
         self.state: list[Tensor] = []
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.keys = self.values = torch.empty(0)  # until the first update
         # Tensors born in inference mode could not be updated outside it, in a later turn.
         with torch.inference_mode(False):
             self.counters = torch.zeros(3, dtype=torch.int64)
         self.facts = LayerFacts(self.counters)
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether the buffers exist; the first update makes them."""
+        return self.keys.ndim == 4
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +102,7 @@ class LayerCache:
     @property
     def batch_size(self) -> int:
         """Rows of the batch, or -1 before the first update."""
-        return -1 if self.keys is None else self.keys.shape[0]
+        return self.keys.shape[0] if self.is_allocated else -1
 
     @property
     def index_arguments(self) -> tuple[str, int, int, int]:
@@ -122,9 +127,8 @@ class LayerCache:
             PositionLimitError: the model has no positions for that many tokens.
         """
         num_new = key.shape[2]
-        if self.keys is None or self.values is None:
+        if not self.is_allocated:
             self.allocate(key, value)
-        assert self.keys is not None and self.values is not None
         self._check_fit(key, value)
         is_prompt = num_new > self.config.max_query_length
         is_first_prompt = False
@@ -148,7 +152,10 @@ class LayerCache:
         elif self.is_static:
             keys, values = self.keys[:], self.values[:]
         else:
-            keys, values = self.keys[:, :, : stored + num_new], self.values[:, :, : stored + num_new]
+            keys, values = (
+                self.keys[:, :, : stored + num_new],
+                self.values[:, :, : stored + num_new],
+            )
         if not self.is_dense:
             setattr(keys, MARK, self._mark)
             setattr(values, MARK, self._mark)
@@ -156,7 +163,6 @@ class LayerCache:
 
     def index_prompt(self, query: Tensor) -> None:
         """Index the prompt just stored, calibrated by its own ``query [B, Hq, T, D]``."""
-        assert self.keys is not None
         torch.ops.fierpatch.index_prompt.default(
             query, self.keys, self.state, self.counters, *self.index_arguments
         )
@@ -170,16 +176,18 @@ class LayerCache:
         softcap: float = 0.0,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """Retrieval attention of the newest tokens' ``query [B, Hq, T, D]``.
+        """Retrieval attention of the newest tokens.
 
         Args:
+            query: ``[B, Hq, T, D]``.
             visible: bool ``[B, 1, T, stored or capacity]``; None means causal.
-            scale, softcap, sink_logits: as in `fierpatch.select.attention_weights`.
+            scale: multiplies ``q . k``.
+            softcap: where positive, caps the logits as in Gemma 2.
+            sink_logits: ``[Hq]``, a logit a head without a token, as in GPT-OSS.
 
         Returns:
             ``[B, T, Hq, Dv]``.
         """
-        assert self.keys is not None and self.values is not None
         config = self.config
         token_indices = torch.ops.fierpatch.retrieve.default(
             query,
@@ -210,9 +218,7 @@ class LayerCache:
             self.capacity = max(self.capacity, _round_up(num_new))
         with torch.inference_mode(False):
             self.keys = key.new_zeros((batch_size, num_kv_heads, self.capacity, head_dim))
-            self.values = value.new_zeros(
-                (batch_size, num_kv_heads, self.capacity, value.shape[3])
-            )
+            self.values = value.new_zeros((batch_size, num_kv_heads, self.capacity, value.shape[3]))
             if not self.is_dense:
                 name, bits, group_size, seed = self.index_arguments
                 self.index = make_index(
@@ -231,7 +237,6 @@ class LayerCache:
         kept = max(stored - num_removed, 0)
         if self.index is not None and indexed > kept:
             # The group that is open again borrows its centre anew.
-            assert self.keys is not None
             opened = kept - kept % self.config.index_group_size
             self.index.append(self.state, self.keys, opened, kept)
             indexed = kept
@@ -242,14 +247,14 @@ class LayerCache:
     def reset(self) -> None:
         """Forget every token but keep the buffers and their addresses."""
         self.counters.zero_()
-        if self.keys is not None and self.values is not None:
+        if self.is_allocated:
             # Stale rows are masked, but a NaN among them would pass a weight of 0.
             self.keys.zero_()
             self.values.zero_()
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]``, in place."""
-        rows = rows.to(self.counters.device if self.keys is None else self.keys.device)
+        rows = rows.to(self.keys.device)
         self._map_batch(lambda tensor: tensor.copy_(tensor.index_select(0, rows)))
 
     def repeat_interleave(self, repeats: int) -> None:
@@ -261,7 +266,7 @@ class LayerCache:
         self._map_batch(lambda tensor: tensor[rows.to(tensor.device)].contiguous())
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.keys is None or self.values is None:
+        if not self.is_allocated:
             return
         with torch.inference_mode(False):
             self.keys, self.values = change(self.keys), change(self.values)
@@ -273,7 +278,6 @@ class LayerCache:
         self._check_positions(num_tokens)
         if num_tokens <= self.capacity:
             return
-        assert self.keys is not None and self.values is not None
         # An eighth more at a time: few copies, and never twice the memory.
         self.capacity = _round_up(max(num_tokens, self.capacity + self.capacity // 8))
         with torch.inference_mode(False):
@@ -284,7 +288,6 @@ class LayerCache:
         self._settle()
 
     def _check_fit(self, key: Tensor, value: Tensor) -> None:
-        assert self.keys is not None and self.values is not None
         if torch.is_grad_enabled() and key.requires_grad:
             raise FierError(
                 "retrieval has no backward, and the keys require a gradient: decode under "
@@ -307,7 +310,6 @@ class LayerCache:
 
     def _settle(self) -> None:
         """After the buffers changed: fix their addresses and record their sizes."""
-        assert self.keys is not None and self.values is not None
         if self.is_static and not torch.compiler.is_compiling():
             for tensor in (self.keys, self.values, self.counters, *self.state):
                 torch._dynamo.mark_static_address(tensor)

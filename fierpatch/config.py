@@ -30,8 +30,8 @@ class FierConfig:
         bits: bits a channel of the index, 1 or 2 (2 for ``"rotated"`` only).
         group_size: tokens that share a centre (``"rotated"``) or a scale and zero along each
             channel (``"fier"``); 32, 64, 128, 256 or 512. None means 128 and 32 respectively.
-        dense_layers: how many first full-attention layers stay dense (the protocol of Quest and
-            FIER; 0 patches every layer).
+        dense_layers: how many of the model's first layers stay dense (the protocol of Quest and
+            FIER; 0 patches every full-attention layer).
         per_query_head: select for every query head on its own instead of once for the query heads
             that share a KV head. Better at equal budget, at up to num_groups times the traffic.
         max_query_length: the longest query that goes through retrieval (decode, and the

@@ -8,7 +8,7 @@
     ├── BackendError                      the named backend cannot run here
     ├── ShapeError (ValueError)           a tensor does not fit the index, cache or operator
     ├── ModelError                        the model cannot be patched
-    │   ├── UnsupportedModelError         its attention bypasses the interface, or is of another kind
+    │   ├── UnsupportedModelError         its attention bypasses the interface, or is no index's
     │   └── TrainingModeError             it is in training mode
     ├── CacheError                        a cache was used with what it was not built for
     │   ├── CacheMismatchError            another model's cache, or another batch size

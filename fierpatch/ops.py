@@ -65,10 +65,10 @@ def append_keys(
     """Index tokens ``start .. stop`` of ``keys [B, H, C, D]`` in place.
 
     Raises:
-        ShapeError: the range is not within the keys, or past the state's capacity.
+        ShapeError: the keys do not fit the state, or the range is not within both.
     """
     _check_keys(index, keys)
-    capacity = state[0].shape[2] * 512
+    capacity = _check_state(state, keys)
     if not 0 <= start <= stop <= min(keys.shape[2], capacity):
         raise ShapeError(
             f"cannot index tokens {start} .. {stop} of {keys.shape[2]} keys into a state of "
@@ -84,11 +84,7 @@ def index_scores(index: KeyIndex, state: list[Tensor], query: Tensor, length: in
         ShapeError: the query's head_dim or heads do not fit, or `length` is past the capacity.
     """
     planes = state[0]
-    if query.ndim != 4 or query.shape[3] != index.head_dim or query.shape[1] % planes.shape[1]:
-        raise ShapeError(
-            f"query of shape {tuple(query.shape)} does not fit an index of {planes.shape[1]} KV "
-            f"heads and head_dim {index.head_dim}: want [B, a multiple of H, T, D]"
-        )
+    _check_query(query, planes)
     if not 0 < length <= planes.shape[2] * 512:
         raise ShapeError(f"length={length} is outside 1 .. {planes.shape[2] * 512}, the capacity")
     return reference.index_scores(index, state, query, length)
@@ -124,6 +120,7 @@ def retrieval_attention(
 
     Raises:
         ShapeError: the tensors do not fit each other.
+        ConfigError: the budget is below sinks + recent.
     """
     _check_keys(index, keys)
     _check_query(query, keys)
@@ -131,12 +128,18 @@ def retrieval_attention(
         raise ShapeError(
             f"values {tuple(values.shape)} and keys {tuple(keys.shape)} differ in [B, H, S]"
         )
+    num_queries, length = query.shape[2], keys.shape[2]
+    if not num_queries <= length <= _check_state(state, keys):
+        raise ShapeError(
+            f"{num_queries} queries, {length} keys and an index with room for "
+            f"{state[0].shape[2] * 512}: want at least as many keys as queries, all indexed"
+        )
     scale = query.shape[3] ** -0.5 if scale is None else scale
     token_indices = reference.select_from_index(
         index,
         state,
         query,
-        keys.shape[2],
+        length,
         budget=budget,
         sinks=sinks,
         recent=recent,
@@ -347,9 +350,7 @@ torch.library.register_fake("fierpatch::attend", _attend_fake, lib=_LIBRARY)
 
 
 def _index(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
-    return make_index(
-        name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed
-    )
+    return make_index(name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed)
 
 
 def _check_keys(index: KeyIndex, keys: Tensor) -> None:
@@ -360,15 +361,28 @@ def _check_keys(index: KeyIndex, keys: Tensor) -> None:
         )
 
 
-def _check_query(query: Tensor, keys: Tensor) -> None:
+def _check_state(state: list[Tensor], keys: Tensor) -> int:
+    """The tokens that the state has room for, if it belongs to such keys."""
+    planes = state[0]
+    if planes.shape[:2] != keys.shape[:2] or planes.shape[4] != keys.shape[3]:
+        raise ShapeError(
+            f"the state is of {planes.shape[0]} rows, {planes.shape[1]} KV heads and head_dim "
+            f"{planes.shape[4]}, and keys of shape {tuple(keys.shape)} do not fit it"
+        )
+    return planes.shape[2] * 512
+
+
+def _check_query(query: Tensor, like: Tensor) -> None:
+    """`like` leads with B and H and ends with D: keys, or the planes of a state."""
+    batch_size, num_kv_heads, head_dim = like.shape[0], like.shape[1], like.shape[-1]
     fits = (
         query.ndim == 4
-        and query.shape[0] == keys.shape[0]
-        and query.shape[1] % keys.shape[1] == 0
-        and query.shape[3] == keys.shape[3]
+        and query.shape[0] == batch_size
+        and query.shape[1] % num_kv_heads == 0
+        and query.shape[3] == head_dim
     )
     if not fits:
         raise ShapeError(
-            f"query of shape {tuple(query.shape)} does not fit keys of shape "
-            f"{tuple(keys.shape)}: want [B, a multiple of H, T, D]"
+            f"query of shape {tuple(query.shape)} does not fit keys of {batch_size} rows, "
+            f"{num_kv_heads} KV heads and head_dim {head_dim}: want [B, a multiple of H, T, D]"
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from types import TracebackType
-from typing import Any
+from typing import Any, Never
 from uuid import uuid4
 
 from fierpatch.cache import LayerFacts
 from fierpatch.config import FierConfig
-from fierpatch.errors import FierError
+from fierpatch.errors import FierError, NotYetSupportedError
 from fierpatch.hf import attention, support
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.generation import prepare_cache
@@ -19,6 +20,7 @@ from fierpatch.report import Report, report
 
 _HANDLE = "_fierpatch_handle"
 _PREPARE = "_prepare_cache_for_generation"
+_CONTINUOUS = "init_continuous_batching"
 _COMPILED = ("_compiled_call", "_last_compile_config")
 
 
@@ -173,9 +175,7 @@ class Handle:
         memo[id(self)] = handle
         if self._name is not None:
             handle._register(self._bases[0][1])
-            # The model's configuration is copied before the handle, or is copied here and then found.
-            from copy import deepcopy
-
+            # Each configuration is copied before the handle is, or copied here and found later.
             for config, base in self._bases:
                 duplicate = deepcopy(config, memo)
                 duplicate._attn_implementation_internal = handle._name
@@ -201,12 +201,13 @@ class Handle:
         }
         model.__dict__[_HANDLE] = self
         model.__dict__[_PREPARE] = self._prepare_cache
+        model.__dict__[_CONTINUOUS] = self._refuse_continuous_batching
 
     def _detach(self) -> None:
         name, self._name = self._name, None
         model = self._model()
         if model is not None:
-            for attribute in (_HANDLE, _PREPARE, *_COMPILED):
+            for attribute in (_HANDLE, _PREPARE, _CONTINUOUS, *_COMPILED):
                 model.__dict__.pop(attribute, None)
             model.__dict__.update(self._stashed)
         for config, base in self._bases:
@@ -225,6 +226,13 @@ class Handle:
         # A model deleted while patched must not leave its functions in the registries.
         self._unregister = weakref.finalize(self.model, attention.unregister, self._name)
         self._unregister.atexit = False
+
+    def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Never:
+        """Stands in for the entry to ``generate_batch``, which pages K and V its own way."""
+        raise NotYetSupportedError(
+            "continuous batching keeps K and V in pages that the key index does not read: call it "
+            "under handle.disabled(), or use model.generate"
+        )
 
     def _prepare_cache(
         self,

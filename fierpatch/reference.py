@@ -103,8 +103,8 @@ def gather_attention(
     num_kv_heads, num_lists = keys.shape[1], token_indices.shape[1]
     dtype = _working_dtype(query)
     is_used = token_indices >= 0
-    # An unused slot reads the row's first token instead: its weight is 0, and padding may be NaN.
-    rows = torch.where(is_used, token_indices, token_indices[..., :1].clamp_min(0))
+    # An unused slot reads a token that the row does use: its weight is 0, and padding may be NaN.
+    rows = torch.where(is_used, token_indices, token_indices.amax(-1, keepdim=True).clamp_min(0))
     kv_head = torch.arange(num_lists, device=query.device) // (num_lists // num_kv_heads)
     row_of_head = torch.arange(batch_size, device=query.device)[:, None] * num_kv_heads + kv_head
     flat = (row_of_head[:, :, None, None] * keys.shape[2] + rows).flatten()

@@ -106,8 +106,10 @@ class Report:
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-                 for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
         saved = self.bytes_read / self.bytes_read_dense if self.bytes_read_dense else 1.0
         lines.append(
             f"total: reads {_readable(self.bytes_read)} a step, {saved:.1%} of dense; holds "
@@ -143,9 +145,7 @@ def report(model_config: Any, settings: FierConfig, facts: dict[int, LayerFacts]
                 fact.kv_nbytes,
                 fact.index_nbytes,
             )
-            layers.append(
-                _layer_report(number, layer, settings, shape, int(fact.counters[0]))
-            )
+            layers.append(_layer_report(number, layer, settings, shape, int(fact.counters[0])))
     return Report(layers)
 
 
@@ -174,7 +174,8 @@ def estimate(
     Raises:
         ConfigError: `context` or `batch` is not positive, or an option is bad.
     """
-    for name, value in (("context", context), ("batch", batch)):
+    sizes: dict[str, object] = {"context": context, "batch": batch}
+    for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive integer")
     if settings is None:
@@ -200,9 +201,7 @@ def estimate(
             kv_bytes = heads * row * capacity
             is_dense = number < settings.dense_layers
             index_bytes = 0 if is_dense else round(heads * capacity * _index_bytes(settings, layer))
-        shape = _Shape(
-            heads, layer.head_dim, layer.head_dim, dtype.itemsize, kv_bytes, index_bytes
-        )
+        shape = _Shape(heads, layer.head_dim, layer.head_dim, dtype.itemsize, kv_bytes, index_bytes)
         layers.append(_layer_report(number, layer, settings, shape, context))
     name = getattr(text_config, "model_type", "model")
     return Report(
@@ -226,30 +225,22 @@ class _Shape:
         heads = like.batch_size * layer.num_kv_heads
         row = 2 * layer.head_dim * like.itemsize
         length = _seen(layer, int(like.counters[0]))
-        return cls(
-            heads, layer.head_dim, layer.head_dim, like.itemsize, heads * row * length, 0
-        )
+        return cls(heads, layer.head_dim, layer.head_dim, like.itemsize, heads * row * length, 0)
 
 
 def _layer_report(
     number: int, layer: LayerLayout, settings: FierConfig, shape: _Shape, length: int
 ) -> LayerReport:
-    key_row, value_row = (
-        size * shape.itemsize for size in (shape.head_dim, shape.value_head_dim)
-    )
+    key_row, value_row = (size * shape.itemsize for size in (shape.head_dim, shape.value_head_dim))
     seen = _seen(layer, length)
     dense = shape.heads * seen * (key_row + value_row)
     if layer.kind == "full" and number >= settings.dense_layers:
         kind = "sparse"
-        lists = 1
-        if settings.per_query_head:
-            kind_note = "one list a query head"
-        else:
-            kind_note = "one list a KV head"
-        reason = f"{settings.index} index, {settings.bits} bit, {kind_note}"
+        lists = f"one list a {'query' if settings.per_query_head else 'KV'} head"
+        reason = f"{settings.index} index, {settings.bits} bit, {lists}"
         attended = min(settings.budget, length)
         scanned = length * _index_bytes(settings, layer)
-        read = round(shape.heads * (scanned + lists * attended * (key_row + value_row)))
+        read = round(shape.heads * (scanned + attended * (key_row + value_row)))
         key_bytes = length * key_row
         ratio = (scanned + attended * key_row) / key_bytes if key_bytes else 1.0
     else:
@@ -261,7 +252,16 @@ def _layer_report(
         else:
             kind, reason = "other", "not full attention; transformers' own cache"
     return LayerReport(
-        number, kind, reason, length, attended, read, dense, shape.kv_bytes, shape.index_bytes, ratio
+        number,
+        kind,
+        reason,
+        length,
+        attended,
+        read,
+        dense,
+        shape.kv_bytes,
+        shape.index_bytes,
+        ratio,
     )
 
 

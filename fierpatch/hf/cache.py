@@ -21,7 +21,7 @@ class FierLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, store: LayerCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.store = store
         self.is_compileable = store.is_static
 
@@ -53,7 +53,7 @@ class FierLayer(CacheLayerMixin):
         """Tokens stored: an int, or a 0-d device tensor where the cache is static."""
         if not self.store.is_static:
             return self.store.num_tokens
-        if self.store.keys is None:
+        if not self.store.is_allocated:
             return 0
         # A copy, because the counter moves on while the step still needs this value.
         length: int = self.store.counters[0].clone()  # type: ignore[assignment]
@@ -90,9 +90,9 @@ class FierLayer(CacheLayerMixin):
 
     def _refresh(self) -> None:
         # transformers reads these of any layer.
-        self.keys, self.values = self.store.keys, self.store.values
-        self.is_initialized = self.store.keys is not None
-        if self.store.keys is not None:
+        self.is_initialized = self.store.is_allocated
+        if self.is_initialized:
+            self.keys, self.values = self.store.keys, self.store.values
             self.dtype, self.device = self.store.keys.dtype, self.store.keys.device
 
 
@@ -177,8 +177,7 @@ class FierCache(Cache):
                 f"layer {layer_idx} was asked of a cache of {len(self.layers)} layers built for a "
                 f"{self.model_type!r} model: it belongs to another model; start with a new cache"
             )
-        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return keys, values
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def observe(self, observer: Observer | None) -> None:
         """Call `observer` at each retrieval of each layer; None stops it."""
@@ -211,4 +210,3 @@ class FierCache(Cache):
     def is_compileable(self) -> bool:
         """Whether decode with this cache compiles: only where the settings ask for it."""
         return self.settings.compile and all(layer.is_compileable for layer in self.layers)
-

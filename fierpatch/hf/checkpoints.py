@@ -13,7 +13,7 @@ from fierpatch.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _WANTED = {
     "general.architecture": "llama",
@@ -61,12 +61,7 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = str(path_or_id)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise CheckpointError(
-            f"the folder {name} has no config.json: give one written by save_pretrained, or a "
-            "Hugging Face hub id"
-        )
+    name = _checked_name(path_or_id)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
@@ -76,8 +71,30 @@ def load(
             "written by save_pretrained, or the id of a model on the Hugging Face hub"
         ) from error
     if device is not None:
-        model.to(torch.device(device))
+        model.to(device)  # type: ignore[arg-type]  # mypy loses `self` in its decorator
     return model.eval(), tokenizer
+
+
+def load_config(path_or_id: str | Path) -> PreTrainedConfig:
+    """Load the configuration alone.
+
+    Args:
+        path_or_id: as in `load`; of a folder only ``config.json`` is read.
+
+    Raises:
+        CheckpointError: the folder or id has no configuration that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    name = _checked_name(path_or_id)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no configuration could be loaded from {name!r}: {error} Give a folder written by "
+            "save_pretrained, or the id of a model on the Hugging Face hub"
+        ) from error
+    return config
 
 
 def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> Path:
@@ -115,6 +132,24 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> Path:
     _write_json(out / "generation_config.json", _special_ids(metadata))
     _write_tokenizer(metadata, out)
     return out
+
+
+def _checked_name(path_or_id: str | Path) -> str:
+    """A folder that exists, or what may be a hub id."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"the folder {path} has no config.json: give one written by save_pretrained, or a "
+            "Hugging Face hub id"
+        )
+    # A hub id is "name" or "owner/name".
+    is_path = path.is_absolute() or len(path.parts) > 2 or str(path_or_id).startswith((".", "~"))
+    if not path.is_dir() and (is_path or path.exists()):
+        raise CheckpointError(
+            f"{path_or_id} is no folder: give one written by save_pretrained, or a Hugging Face "
+            "hub id"
+        )
+    return str(path if path.is_dir() else path_or_id)
 
 
 def _open_gguf(path: Path) -> GGUFReader:

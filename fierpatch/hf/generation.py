@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError, PositionLimitError
 from fierpatch.hf.cache import FierCache
@@ -16,7 +14,7 @@ _STATIC = ("static", "offloaded_static")
 
 
 def prepare_cache(
-    model: PreTrainedModel,
+    model: Any,
     settings: FierConfig,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -27,7 +25,8 @@ def prepare_cache(
     """Put a `FierCache` into `model_kwargs` where stock generate would put its default cache.
 
     The standard names keep their meaning: ``cache_implementation`` None and ``"dynamic"`` grow,
-    ``"static"`` compiles, ``"offloaded"`` offloads. A cache that the caller passes is used as it is.
+    ``"static"`` compiles, ``"offloaded"`` offloads. A cache that the caller passes is
+    used as it is.
 
     Returns:
         The `FierCache` that generate will use, or None where it uses none.
@@ -68,7 +67,15 @@ def prepare_cache(
     else:
         capacity = 0  # the first prompt decides, and buckets follow
     cache = FierCache(model.config, settings, max_cache_len=capacity)
+    if settings.compile and generation_config.prefill_chunk_size is not None:
+        # generate compiles the chunks too, and a graph cannot allocate what outlives it.
+        shape = model._get_static_cache_init_shape()
+        if shape is not None:
+            num_kv_heads, head_dim = shape
+            cache.early_initialization(
+                rows, num_kv_heads, head_dim, dtype=model.dtype, device=model.device
+            )
     if generation_config.is_assistant:
-        cache.activate_past_recording()
+        cache.activate_past_recording()  # type: ignore[no-untyped-call]
     model_kwargs["past_key_values"] = cache
     return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -72,7 +73,8 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} computes attention in its own module and bypasses transformers' "
             "AttentionInterface, where the patch goes: run it unpatched"
         )
-    if not model._supports_default_dynamic_cache():
+    generative: Any = model  # its generation methods come from a mixin
+    if not generative._supports_default_dynamic_cache():
         raise UnsupportedModelError(
             f"{name} brings a cache of its own instead of transformers' default: run it unpatched"
         )

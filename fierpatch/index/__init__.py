@@ -16,10 +16,12 @@ def make_index(
     """The index called `name`, for keys of `head_dim` channels.
 
     Raises:
-        ConfigError: no index has that name.
+        ConfigError: no index has that name, or it has no such bits or group_size.
     """
     if name == "rotated":
         return RotatedIndex(head_dim, bits=bits, group_size=group_size or 128, seed=seed)
     if name == "fier":
+        if bits != 1:
+            raise ConfigError(f'bits={bits} is not available for "fier": 1, or index "rotated"')
         return FierIndex(head_dim, group_size=group_size or 32)
     raise ConfigError(f"unknown index {name!r}: choose from 'rotated', 'fier'")

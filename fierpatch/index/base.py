@@ -8,7 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fierpatch.index.packing import num_tiles
+from fierpatch.errors import ConfigError
+from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles
 
 FLOAT16_MAX = 65504.0
 
@@ -16,8 +17,8 @@ FLOAT16_MAX = 65504.0
 class KeyIndex(Protocol):
     """What stands for the keys of one layer when tokens are scored.
 
-    An index is a frozen description; its tensors are a list, the *state*, so that operators can take
-    and mutate them. Every tensor but the constants of `num_constants` leads with B, and those of
+    An index is a frozen description; its tensors are a list, the *state*, so that operators can
+    take and mutate them. Every tensor but the constants of `num_constants` leads with B, and those of
     `tiled` have their tiles on axis 2. The state is a function of keys ``0 .. length`` (and of the
     calibration) alone: appending in one call or token by token gives equal tensors.
     """
@@ -85,6 +86,15 @@ def map_batch(
     """Apply `change` to every tensor that leads with the batch."""
     own = len(state) - index.num_constants
     return [change(tensor) for tensor in state[:own]] + state[own:]
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise ConfigError unless groups are whole bit planes and divide a tile."""
+    if group_size < ROWS or group_size % ROWS or TILE_SIZE % group_size:
+        raise ConfigError(
+            f"group_size={group_size} does not divide a tile of {TILE_SIZE} tokens into whole bit "
+            "planes: choose 32, 64, 128, 256 or 512"
+        )
 
 
 def finite_keys(keys: Tensor) -> Tensor:

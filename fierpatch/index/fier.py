@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fierpatch.index.base import finite_keys, to_float16
+from fierpatch.index.base import check_group_size, finite_keys, to_float16
 from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles, plane_dot, read_bits, write_bits
 
 _TOKENS_AT_ONCE = 8192  # bounds the temporaries of a long append
@@ -29,6 +29,9 @@ class FierIndex:
 
     num_constants: ClassVar[int] = 0
     tiled: ClassVar[tuple[bool, ...]] = (True, True, True)
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
 
     @property
     def bytes_per_token(self) -> float:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fierpatch.index.base import finite_keys, to_float16
+from fierpatch.errors import ConfigError
+from fierpatch.index.base import check_group_size, finite_keys, to_float16
 from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles, plane_dot, read_bits, write_bits
 from fierpatch.index.rotation import rotate, rotation_matrix
 
@@ -45,6 +46,11 @@ class RotatedIndex:
 
     num_constants: ClassVar[int] = 1
     tiled: ClassVar[tuple[bool, ...]] = (True, True, True, False, False)
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        if self.bits not in (1, 2):
+            raise ConfigError(f"bits={self.bits} is not available: choose 1 or 2")
 
     @property
     def bytes_per_token(self) -> float:
