@@ -1,9 +1,9 @@
 """How much of the exact attention weight does each index's selection hold on real keys?
 
 A window of *Persuasion* goes through SmolLM2-135M once. From the third layer on, each index is
-built from the layer's own post-RoPE keys through the library's packed state, calibrated by queries before
-the last 512 positions, and asked for the best k tokens of 32 queries in those last 512. No sinks,
-no recents: selection alone, once a KV head by the mean of softmax over the group.
+built from the layer's own post-RoPE keys through the library's packed state, calibrated by queries
+before the last 512 positions, and asked for the best k tokens of 32 queries in those last 512. No
+sinks, no recents: selection alone, once a KV head by the mean of softmax over the group.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from fierpatch.cache import LayerFacts
 from fierpatch.config import FierConfig
-from fierpatch.errors import FierError, NotYetSupportedError
+from fierpatch.errors import ConfigError, FierError, NotYetSupportedError
 from fierpatch.hf import attention, support
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.generation import prepare_cache
@@ -27,8 +27,8 @@ _COMPILED = ("_compiled_call", "_last_compile_config")
 def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handle:
     """Patch one model so that decode attends to the best tokens by a key index.
 
-    Prefill stays dense and runs the model's own attention implementation. A patch that is already on
-    is replaced. Nothing changes if this raises.
+    Prefill stays dense and runs the model's own attention implementation. A patch that is already
+    on is replaced. Nothing changes if this raises.
 
     Args:
         model: a decoder-only transformers model in eval mode, or a PEFT, data-parallel or compiled
@@ -52,8 +52,13 @@ def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handl
     """
     if config is None:
         settings = FierConfig.from_dict(options)
-    else:
+    elif isinstance(config, FierConfig):
         settings = config.replace(**options) if options else config
+    else:
+        raise ConfigError(
+            f"config must be a FierConfig, got {type(config).__name__}: pass options by name, as in "
+            "apply(model, budget=1024), or FierConfig.from_dict of a mapping"
+        )
     inner = support.unwrap(model)
     earlier = current_handle(inner)
     if earlier is None:
@@ -95,6 +100,7 @@ class Handle:
         self._stashed: dict[str, Any] = {}
         self._facts: dict[int, LayerFacts] = {}
         self._unregister: weakref.finalize[..., Any] | None = None
+        self._is_disabled = False
 
     def __repr__(self) -> str:
         model = self._model()
@@ -120,23 +126,26 @@ class Handle:
 
     def remove(self) -> None:
         """Take the patch off and leave nothing behind; a second call does nothing."""
+        self._is_disabled = False
         if self._name is not None:
             self._detach()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model unpatched within a ``with`` block; a `FierCache` given to it attends densely."""
+        """The model unpatched within a ``with`` block; over a `FierCache` it attends densely."""
         if not self.is_attached:
             yield
             return
         model = self.model
         self._detach()
+        self._is_disabled = True
         try:
             yield
         finally:
-            # Another patch, put on inside the block, stays.
-            if current_handle(model) is None:
+            # What happens inside the block stays: a removal, or another patch.
+            if self._is_disabled and current_handle(model) is None:
                 self._attach()
+            self._is_disabled = False
 
     def new_cache(self, max_cache_len: int = 0) -> FierCache:
         """An empty cache for this model, to pass as ``past_key_values``."""

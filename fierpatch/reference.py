@@ -23,14 +23,14 @@ def exact_scores(query: Tensor, keys: Tensor) -> Tensor:
         ``[B, Hq, T, S]``, float32, or float64 where the query is.
     """
     dtype = _working_dtype(query)
-    grouped = _fold_groups(query.to(dtype), keys.shape[1])  # [B, H, G * T, D]
-    return _unfold_groups(grouped @ keys.to(dtype).transpose(2, 3), query)
+    grouped = fold_groups(query.to(dtype), keys.shape[1])  # [B, H, G * T, D]
+    return unfold_groups(grouped @ keys.to(dtype).transpose(2, 3), query)
 
 
 def index_scores(index: KeyIndex, state: list[Tensor], query: Tensor, length: int) -> Tensor:
     """The index's estimate of ``q . k``: float32 ``[B, Hq, T, length]``."""
-    grouped = _fold_groups(query.float(), state[0].shape[1])
-    return _unfold_groups(index.scores(state, grouped, length), query)
+    grouped = fold_groups(query.float(), state[0].shape[1])
+    return unfold_groups(index.scores(state, grouped, length), query)
 
 
 def select_from_index(
@@ -99,8 +99,7 @@ def gather_attention(
         ``[B, Hq, T, Dv]`` in the query's dtype, computed in float32 (float64 where the query is);
         0 for a query without tokens.
     """
-    batch_size, num_query_heads, num_queries, _ = query.shape
-    num_kv_heads, num_lists = keys.shape[1], token_indices.shape[1]
+    batch_size, num_kv_heads, num_lists = *keys.shape[:2], token_indices.shape[1]
     dtype = _working_dtype(query)
     is_used = token_indices >= 0
     # An unused slot reads a token that the row does use: its weight is 0, and padding may be NaN.
@@ -165,7 +164,7 @@ def masked_attention(
     # A token that no query of the row sees may hold NaN, which a weight of 0 would let through.
     is_seen = visible.unflatten(1, (keys.shape[1], -1)).any(2).any(2)  # [B, H, S]
     output = grouped @ values.to(dtype).masked_fill(~is_seen.unsqueeze(3), 0.0)
-    return _unfold_groups(output, query).to(query.dtype)
+    return unfold_groups(output, query).to(query.dtype)
 
 
 def attention_mass(
@@ -203,11 +202,11 @@ def _working_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _fold_groups(query: Tensor, num_kv_heads: int) -> Tensor:
+def fold_groups(query: Tensor, num_kv_heads: int) -> Tensor:
     """``[B, Hq, T, D]`` to ``[B, H, G * T, D]``: one product a KV head serves its whole group."""
     return query.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
 
 
-def _unfold_groups(grouped: Tensor, query: Tensor) -> Tensor:
+def unfold_groups(grouped: Tensor, query: Tensor) -> Tensor:
     """``[B, H, G * T, n]`` back to ``[B, Hq, T, n]``."""
     return grouped.unflatten(2, (-1, query.shape[2])).flatten(1, 2)

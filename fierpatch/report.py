@@ -186,10 +186,10 @@ def estimate(
     text_config = model_config.get_text_config(decoder=True)
     if dtype is None:
         dtype = getattr(text_config, "dtype", None) or torch.bfloat16
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
+    named = dtype
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
     if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"dtype={dtype!r} is not a torch dtype: use one such as torch.bfloat16")
+        raise ConfigError(f"dtype={named!r} is not a torch dtype: use one such as torch.bfloat16")
     capacity = -(-context // BUCKET_SIZE) * BUCKET_SIZE
     layers = []
     for number, layer in enumerate(layer_layout(text_config)):
@@ -239,10 +239,12 @@ def _layer_report(
         lists = f"one list a {'query' if settings.per_query_head else 'KV'} head"
         reason = f"{settings.index} index, {settings.bits} bit, {lists}"
         attended = min(settings.budget, length)
+        # With a list a query head, each KV head's rows are read by every list of its group.
+        num_lists = layer.num_query_heads // layer.num_kv_heads if settings.per_query_head else 1
+        gathered = num_lists * attended
         scanned = length * _index_bytes(settings, layer)
-        read = round(shape.heads * (scanned + attended * (key_row + value_row)))
-        key_bytes = length * key_row
-        ratio = (scanned + attended * key_row) / key_bytes if key_bytes else 1.0
+        read = round(shape.heads * (scanned + gathered * (key_row + value_row)))
+        ratio = (scanned + gathered * key_row) / (length * key_row) if length * key_row else 1.0
     else:
         attended, read, ratio = seen, dense, 1.0
         if layer.kind == "full":

@@ -9,7 +9,7 @@ from fierpatch.errors import ConfigError
 
 
 def causal_visible(num_queries: int, length: int, device: torch.device) -> Tensor:
-    """Bool ``[1, 1, T, S]``: the last `num_queries` of `length` tokens, each seeing up to itself."""
+    """Bool ``[1, 1, T, S]``: the last T of S tokens as queries, each seeing up to itself."""
     positions = torch.arange(length, device=device)
     return (positions <= positions[length - num_queries :, None])[None, None]
 
@@ -103,7 +103,7 @@ def top_k(priority: Tensor, k: int) -> Tensor:
         largest, indices = priority.topk(k, sorted=False)
         threshold = largest.amin(-1, keepdim=True)
         if priority.device.type == "cpu":
-            # Without a tie at the threshold the k largest are the answer; asking costs no sync here.
+            # Without a tie at the threshold the k largest are it; asking costs no sync here.
             has_ties = ((priority >= threshold).sum(-1) > k).any() | threshold.isneginf().any()
             if not has_ties:
                 return indices.sort(-1).values

@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fierpatch.cache import MARK, LayerCache
-from fierpatch.errors import ShapeError, UnsupportedModelError
+from fierpatch.errors import ConfigError, ShapeError, UnsupportedModelError
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -50,6 +50,11 @@ def _make_attention(base: str, max_query_length: int) -> Attention:
         is_short = query.shape[2] <= max_query_length
         if layer is not None and is_short:
             _check_retrievable(module, attention_mask, kwargs)
+            if base == "eager" and kwargs.get("output_attentions"):
+                raise ConfigError(
+                    "output_attentions=True asks for a weight for every token, and retrieval "
+                    "computes those of the chosen ones: ask for it under handle.disabled()"
+                )
             # SDPA ignores both, and a patched model must agree with the unpatched one.
             is_plain = base == "sdpa"
             output = layer.attend(

@@ -191,13 +191,12 @@ class FierCache(Cache):
             CacheMismatchError: it is not.
         """
         text_config = config.get_text_config(decoder=True)
-        if text_config.model_type != self.model_type or text_config.num_hidden_layers < len(
-            self.layers
-        ):
+        num_layers = len(DynamicCache(config=text_config).layers)
+        if text_config.model_type != self.model_type or num_layers != len(self.layers):
             raise CacheMismatchError(
                 f"the cache was built for a {self.model_type!r} model of {len(self.layers)} layers "
-                f"and given to a {text_config.model_type!r} model of "
-                f"{text_config.num_hidden_layers}: start with a new cache"
+                f"and given to a {text_config.model_type!r} model of {num_layers}: start with a "
+                "new cache"
             )
         held = self.batch_size
         if batch_size is not None and held > 0 and held != batch_size:

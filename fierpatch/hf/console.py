@@ -20,7 +20,7 @@ def quiet(is_quiet: bool = True) -> Iterator[None]:
     if not is_quiet:
         yield
         return
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
     hub = logging.getLogger("huggingface_hub")
     verbosity, hub_level = transformers_logging.get_verbosity(), hub.level

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.generation import GenerationMode
+
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError, PositionLimitError
 from fierpatch.hf.cache import FierCache
@@ -75,6 +77,12 @@ def prepare_cache(
             cache.early_initialization(
                 rows, num_kv_heads, head_dim, dtype=model.dtype, device=model.device
             )
+    is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+    if is_assisted and settings.compile and not cache.is_croppable:
+        raise ConfigError(
+            "assisted decoding takes rejected tokens back, which transformers' static sliding "
+            "layers cannot: generate without a static cache (compile=False)"
+        )
     if generation_config.is_assistant:
         cache.activate_past_recording()  # type: ignore[no-untyped-call]
     model_kwargs["past_key_values"] = cache

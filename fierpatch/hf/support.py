@@ -83,6 +83,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} mixes chunked layers that share masks with full ones: run it unpatched"
         )
     base = text_config._attn_implementation or "eager"
+    if base.startswith("fier|"):
+        raise UnsupportedModelError(
+            f"{name} shares its configuration object with a model that is patched: give each model "
+            "its own, by building it from copy.deepcopy(config)"
+        )
     if base not in BASE_IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"{name} runs attn_implementation={base!r}: choose one of "
@@ -107,20 +112,21 @@ class LayerLayout:
 
     kind: str
     window: int | None
+    num_query_heads: int
     num_kv_heads: int
     head_dim: int
 
 
 def layer_layout(text_config: PreTrainedConfig) -> list[LayerLayout]:
     """The layout that transformers chooses for the cache of a decoder."""
-    num_heads = text_config.num_attention_heads
+    num_heads = getattr(text_config, "num_attention_heads", None) or 1  # none in pure Mamba
     num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
     layout = []
     for layer in DynamicCache(config=text_config).layers:
         window = getattr(layer, "sliding_window", None)
         kind = "full" if type(layer) is DynamicLayer else "sliding" if window else "other"
-        layout.append(LayerLayout(kind, window, num_kv_heads, head_dim))
+        layout.append(LayerLayout(kind, window, num_heads, num_kv_heads, head_dim))
     return layout
 
 

@@ -18,7 +18,7 @@ class KeyIndex(Protocol):
     """What stands for the keys of one layer when tokens are scored.
 
     An index is a frozen description; its tensors are a list, the *state*, so that operators can
-    take and mutate them. Every tensor but the constants of `num_constants` leads with B, and those of
+    take and mutate them. Every tensor but the last `num_constants` leads with B, and those of
     `tiled` have their tiles on axis 2. The state is a function of keys ``0 .. length`` (and of the
     calibration) alone: appending in one call or token by token gives equal tensors.
     """
@@ -53,7 +53,7 @@ class KeyIndex(Protocol):
         """
 
     def scores(self, state: list[Tensor], query: Tensor, length: int) -> Tensor:
-        """Estimates of ``query . key`` for ``query [B, H, M, D]``: float32 ``[B, H, M, length]``."""
+        """Estimates of ``q . k`` for ``query [B, H, M, D]``: float32 ``[B, H, M, length]``."""
 
     def dequantize(self, state: list[Tensor], length: int) -> Tensor:
         """The keys that `scores` sees: float32 ``[B, H, length, D]``."""

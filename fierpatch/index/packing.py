@@ -77,7 +77,7 @@ def plane_dot(planes: Tensor, query: Tensor) -> Tensor:
     masked = torch.empty_like(words)
     values = torch.empty_like(words, dtype=query.dtype)
     for plane in range(NUM_PLANES):
-        # A masked word is 0 or the plane's power of two, exact in float32; plane 15 is the sign bit.
+        # A masked word is 0 or the plane's power of two, exact in float32; plane 15 is the sign.
         weight = 1 << plane if plane < 15 else -(1 << 15)
         torch.bitwise_and(words, weight, out=masked)
         values.copy_(masked)

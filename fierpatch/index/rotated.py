@@ -27,8 +27,8 @@ class RotatedIndex:
 
     With ``mu`` the mean of the token's group, ``d`` the balance of the channels and ``R`` a fixed
     rotation: ``x = R (d * (k - mu))`` is stored as levels ``b`` (its signs for 1 bit, -3 -1 1 3 for
-    2) and ``a = |x|^2 / <x, b>``, so that ``<a b, x> = |x|^2`` as in RaBitQ (arXiv 2405.12497). Then
-    ``q . k`` is estimated by ``a (R (q / d)) . b + q . mu``. The balance
+    2) and ``a = |x|^2 / <x, b>``, so that ``<a b, x> = |x|^2`` as in RaBitQ (arXiv 2405.12497).
+    Then ``q . k`` is estimated by ``a (R (q / d)) . b + q . mu``. The balance
     ``d_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4)`` makes the noise of an isotropic quantiser least.
 
     An open group borrows the mean of the last sealed one (the first borrows zero) and is quantised

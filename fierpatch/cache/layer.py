@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fierpatch import ops  # noqa: F401  (registers torch.ops.fierpatch)
+import fierpatch.ops  # noqa: F401  (registers torch.ops.fierpatch)
+from fierpatch.cache.facts import LayerFacts, Observer
 from fierpatch.config import FierConfig
 from fierpatch.errors import CacheMismatchError, FierError, PositionLimitError
 from fierpatch.index import KeyIndex, make_index, map_batch, nbytes, resize
@@ -18,35 +17,6 @@ from fierpatch.index import KeyIndex, make_index, map_batch, nbytes, resize
 BUCKET_SIZE = 512  # tokens; a tile of the index
 
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
-
-
-class Observer(Protocol):
-    """Sees each retrieval of each layer; see `FierCache.observe`."""
-
-    def __call__(
-        self,
-        layer: LayerCache,
-        query: Tensor,
-        token_indices: Tensor,
-        visible: Tensor | None,
-        scale: float,
-        softcap: float,
-    ) -> None:
-        """Called between selection and attention, with the arguments of `LayerCache.attend`."""
-
-
-@dataclass
-class LayerFacts:
-    """Numbers of one layer's cache that outlive its tensors, for reports."""
-
-    counters: Tensor
-    batch_size: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    value_head_dim: int = 0
-    itemsize: int = 0
-    kv_nbytes: int = 0
-    index_nbytes: int = 0
 
 
 class LayerCache:
@@ -78,6 +48,8 @@ class LayerCache:
         self.is_dense = is_dense
         self.max_positions = max_positions
         self.capacity = _round_up(max(capacity, 1))
+        if is_static and max_positions is not None:
+            self.capacity = min(self.capacity, max_positions)
         self.observer: Observer | None = None
         self.index: KeyIndex | None = None
         self.state: list[Tensor] = []
@@ -122,7 +94,8 @@ class LayerCache:
             whole buffers (static). Marked with this layer unless it is dense.
 
         Raises:
-            CacheMismatchError: another batch size, head count or head_dim than before.
+            CacheMismatchError: another batch size, head count, head_dim, dtype or device than
+                before.
             CapacityError: a static cache is full.
             PositionLimitError: the model has no positions for that many tokens.
         """
@@ -235,13 +208,14 @@ class LayerCache:
         """Forget the newest `num_removed` tokens."""
         stored, indexed, calibrated = self.counters.tolist()
         kept = max(stored - num_removed, 0)
+        if kept == 0:
+            self.reset()
+            return
         if self.index is not None and indexed > kept:
             # The group that is open again borrows its centre anew.
             opened = kept - kept % self.config.index_group_size
             self.index.append(self.state, self.keys, opened, kept)
             indexed = kept
-        if kept == 0:
-            calibrated = 0
         self.counters.copy_(torch.tensor((kept, min(indexed, kept), calibrated)))
 
     def reset(self) -> None:
@@ -251,6 +225,13 @@ class LayerCache:
             # Stale rows are masked, but a NaN among them would pass a weight of 0.
             self.keys.zero_()
             self.values.zero_()
+        if self.index is not None:
+            # Not the tiles alone: the next prompt must not be scored by this one's calibration.
+            batch_size, num_kv_heads = self.keys.shape[:2]
+            empty = self.index.allocate(batch_size, num_kv_heads, 1, self.keys.device)
+            for tensor, fresh, is_tiled in zip(self.state, empty, self.index.tiled, strict=True):
+                if not is_tiled:
+                    tensor.copy_(fresh)
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]``, in place."""
@@ -299,6 +280,12 @@ class LayerCache:
                     f"the cache holds {name} of [B, H, D] = {_describe(held)} and was given "
                     f"{_describe(new)}: it belongs to another model or batch size; start with a "
                     "new cache"
+                )
+            if new.dtype != held.dtype or new.device != held.device:
+                raise CacheMismatchError(
+                    f"the cache holds {name} as {held.dtype} on {held.device} and was given "
+                    f"{new.dtype} on {new.device}: it belongs to another model; start with a new "
+                    "cache"
                 )
 
     def _check_positions(self, num_tokens: int) -> None:

@@ -1,0 +1,8 @@
+"""One layer's cache: its keys, values and index, and how far they have come."""
+
+from __future__ import annotations
+
+from fierpatch.cache.facts import LayerFacts, Observer
+from fierpatch.cache.layer import BUCKET_SIZE, MARK, LayerCache
+
+__all__ = ["BUCKET_SIZE", "MARK", "LayerCache", "LayerFacts", "Observer"]

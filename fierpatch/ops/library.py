@@ -1,0 +1,210 @@
+"""The library ops that patched models call, in the namespace ``torch.ops.fierpatch``.
+
+They are opaque to the compiler and have fakes, so a model that calls them traces into one graph. A
+layer's progress travels in one int64 tensor ``counters``: tokens stored, tokens indexed, tokens at
+the last calibration.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fierpatch import reference
+from fierpatch.errors import CapacityError
+from fierpatch.index import KeyIndex, make_index
+from fierpatch.reference import fold_groups, gather_attention
+
+_MAX_CALIBRATION_QUERIES = 256
+_CALIBRATION_WINDOW = 4096  # newest queries, which left padding reaches last
+
+# The ops read lengths on the host, which a CUDA graph cannot replay: the tag keeps them out of one.
+_LIBRARY = torch.library.Library("fierpatch", "DEF")
+_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
+_INDEX = "str index, int bits, int group_size, int seed"
+_LIBRARY.define(
+    "append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)[] state, "
+    f"Tensor(d!) counters, bool is_prompt, {_INDEX}) -> ()",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "index_prompt(Tensor query, Tensor keys, Tensor(a!)[] state, Tensor(b!) counters, "
+    f"{_INDEX}) -> ()",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "retrieve(Tensor query, Tensor[] state, Tensor counters, Tensor? visible, "
+    f"Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
+    "float scale, float softcap) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "attend(Tensor query, Tensor keys, Tensor values, Tensor token_indices, "
+    "Tensor? sink_logits, float scale, float softcap) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _append(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    is_prompt: bool,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+) -> None:
+    """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
+    stored, indexed, calibrated = counters.tolist()
+    stop = stored + key.shape[2]
+    if stop > keys.shape[2]:
+        raise CapacityError(
+            f"{stored} tokens are stored and {key.shape[2]} more do not fit a static cache of "
+            f"{keys.shape[2]}: generate with a larger max_cache_len, or without a static cache"
+        )
+    keys[:, :, stored:stop] = key
+    values[:, :, stored:stop] = value
+    if state and not is_prompt:
+        _index(index, bits, group_size, seed, keys).append(state, keys, indexed, stop)
+        indexed = stop
+    counters.copy_(torch.tensor((stop, indexed, calibrated)))
+
+
+def _index_prompt(
+    query: Tensor,
+    keys: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+) -> None:
+    """Index a prompt by its own queries; calibrate anew when the tokens have doubled.
+
+    Doubling keeps the work of a prompt that comes in chunks within twice that of one that does not.
+    """
+    stored, indexed, calibrated = counters.tolist()
+    key_index = _index(index, bits, group_size, seed, keys)
+    if stored >= 2 * calibrated:
+        window = min(query.shape[2], _CALIBRATION_WINDOW)
+        step = -(-window // _MAX_CALIBRATION_QUERIES)
+        sampled = query[:, :, query.shape[2] - window :][:, :, ::step]
+        sampled = fold_groups(sampled, keys.shape[1])
+        if key_index.calibrate(state, sampled, keys, stored):
+            indexed, calibrated = 0, stored
+    key_index.append(state, keys, indexed, stored)
+    counters.copy_(torch.tensor((stored, stored, calibrated)))
+
+
+def _retrieve(
+    query: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    visible: Tensor | None,
+    sink_logits: Tensor | None,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
+    length = int(counters[0])
+    token_indices = reference.select_from_index(
+        _index(index, bits, group_size, seed, query),
+        state,
+        query,
+        length,
+        budget=budget,
+        sinks=sinks,
+        recent=recent,
+        per_query_head=per_query_head,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        visible=None if visible is None else visible[..., :length],
+    )
+    width = min(budget, state[0].shape[2] * 512)
+    missing = width - token_indices.shape[3]
+    return torch.nn.functional.pad(token_indices, (0, missing), value=-1)
+
+
+def _retrieve_fake(
+    query: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    visible: Tensor | None,
+    sink_logits: Tensor | None,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    num_lists = query.shape[1] if per_query_head else state[0].shape[1]
+    width = min(budget, state[0].shape[2] * 512)
+    return query.new_empty((query.shape[0], num_lists, query.shape[2], width), dtype=torch.int64)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Output ``[B, T, Hq, Dv]``, heads and queries swapped as attention functions return it."""
+    output = gather_attention(
+        query,
+        keys,
+        values,
+        token_indices,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _attend_fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    batch_size, num_query_heads, num_queries, _ = query.shape
+    return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
+
+
+_LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
+_LIBRARY.impl("index_prompt", _index_prompt, "CompositeExplicitAutograd")
+_LIBRARY.impl("retrieve", _retrieve, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("fierpatch::append", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::index_prompt", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::retrieve", _retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::attend", _attend_fake, lib=_LIBRARY)
+
+
+def _index(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
+    return make_index(name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed)
