@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fierpatch
 from bench.rows import save, table
@@ -29,7 +29,7 @@ from fierpatch.select import attention_weights, select_tokens
 def main(arguments: list[str]) -> None:
     """Run the benchmark and print the rows."""
     parser = argparse.ArgumentParser(prog="python -m bench decode", description=__doc__)
-    parser.add_argument("--model", help="id or path; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--model", help="id, path, or llama-8b for its shape; SmolLM2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--context", type=int, nargs="+", default=[2048, 4096, 8000])
     parser.add_argument("--budget", type=int, default=512)
@@ -38,7 +38,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args(arguments)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    model, _ = load(options.model or smollm2.fetch(), dtype=dtype, device=options.device)
+    if options.model == "llama-8b":
+        model = random_llama_8b(options.device)
+    else:
+        model, _ = load(options.model or smollm2.fetch(), dtype=dtype, device=options.device)
     rows = []
     with torch.inference_mode():
         for context in options.context:
@@ -47,6 +50,21 @@ def main(arguments: list[str]) -> None:
     columns = ["what", "context", "ms", "ms_p20", "ms_p80", "ratio"]
     print(table(rows, columns))
     print("saved", save("decode", options.device, rows))
+
+
+def random_llama_8b(device: str) -> Any:
+    """A model of the shape of Llama 3.1 8B with random weights, in bfloat16."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=1 << 20,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def measure(model: Any, context: int, steps: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -86,6 +104,8 @@ def measure(model: Any, context: int, steps: int, settings: dict[str, Any]) -> l
             "ms_p20": sorted(samples)[len(samples) // 5],
             "ms_p80": sorted(samples)[len(samples) * 4 // 5],
             "ratio": statistics.median(samples) / base,
+            "model": f"{model.config.model_type} {model.num_parameters() / 1e6:.0f}M",
+            "dtype": str(model.dtype).removeprefix("torch."),
             **settings,
         }
         for name, samples in times.items()

@@ -13,7 +13,7 @@ from fierpatch.cache import BUCKET_SIZE, LayerFacts
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError
 from fierpatch.hf.support import LayerLayout, layer_layout
-from fierpatch.index import make_index
+from fierpatch.index import KeyIndex, make_index, nbytes
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def estimate(
         config: a transformers configuration, or a model that has one.
         context: tokens a row, prompt and generated.
         batch: rows.
-        dtype: of K and V; None means the configuration's, or bfloat16 where it states none.
+        dtype: of K and V; None means the model's or the configuration's, or bfloat16 where that
+            states none.
         settings: the settings of the patch; None means ``FierConfig(**options)``.
         **options: fields of `FierConfig`.
 
@@ -185,7 +186,7 @@ def estimate(
     model_config = getattr(config, "config", config)
     text_config = model_config.get_text_config(decoder=True)
     if dtype is None:
-        dtype = getattr(text_config, "dtype", None) or torch.bfloat16
+        dtype = getattr(config, "dtype", None) or text_config.dtype or torch.bfloat16
     named = dtype
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     if not isinstance(dtype, torch.dtype):
@@ -199,8 +200,12 @@ def estimate(
             kv_bytes, index_bytes = heads * row * _seen(layer, context), 0
         else:
             kv_bytes = heads * row * capacity
-            is_dense = number < settings.dense_layers
-            index_bytes = 0 if is_dense else round(heads * capacity * _index_bytes(settings, layer))
+            index_bytes = 0
+            if number >= settings.dense_layers:
+                index = _make_index(settings, layer)
+                meta = torch.device("meta")
+                state = index.allocate(batch, layer.num_kv_heads, capacity, meta)
+                index_bytes = nbytes(index, state)
         shape = _Shape(heads, layer.head_dim, layer.head_dim, dtype.itemsize, kv_bytes, index_bytes)
         layers.append(_layer_report(number, layer, settings, shape, context))
     name = getattr(text_config, "model_type", "model")
@@ -242,7 +247,7 @@ def _layer_report(
         # With a list a query head, each KV head's rows are read by every list of its group.
         num_lists = layer.num_query_heads // layer.num_kv_heads if settings.per_query_head else 1
         gathered = num_lists * attended
-        scanned = length * _index_bytes(settings, layer)
+        scanned = length * _make_index(settings, layer).bytes_per_token
         read = round(shape.heads * (scanned + gathered * (key_row + value_row)))
         ratio = (scanned + gathered * key_row) / (length * key_row) if length * key_row else 1.0
     else:
@@ -267,14 +272,13 @@ def _layer_report(
     )
 
 
-def _index_bytes(settings: FierConfig, layer: LayerLayout) -> float:
-    index = make_index(
+def _make_index(settings: FierConfig, layer: LayerLayout) -> KeyIndex:
+    return make_index(
         settings.index,
         head_dim=layer.head_dim,
         bits=settings.bits,
         group_size=settings.index_group_size,
     )
-    return index.bytes_per_token
 
 
 def _seen(layer: LayerLayout, length: int) -> int:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
-settings.register_profile("dev", deadline=None, max_examples=25, print_blob=True)
-settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.register_profile("dev", deadline=None, max_examples=50, print_blob=True)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=100, derandomize=True)
 settings.register_profile("thorough", settings.get_profile("dev"), max_examples=500)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 

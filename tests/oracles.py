@@ -63,13 +63,14 @@ def sylvester(order: int) -> Array:
     return matrix
 
 
-def rotation(signs: Array) -> Array:
+def rotation(head_dim: int, seed: int) -> Array:
     """The orthogonal matrix ``[D, D]`` that rotates a row x as ``x @ matrix``.
 
     Random signs, then for D = odd * power a reflection that mixes the odd blocks and a Hadamard
     transform within each.
     """
-    head_dim = len(signs)
+    generator = torch.Generator().manual_seed(seed)
+    signs = exact(torch.randint(0, 2, (head_dim,), generator=generator)) * 2 - 1
     power = 1
     while head_dim % (2 * power) == 0:
         power *= 2
@@ -89,10 +90,9 @@ def rotated_centres(keys: Array, group_size: int) -> Array:
 
 
 def rotated_keys(
-    keys: Array, centres: Array, balance: Array, signs: Array, group_size: int
+    keys: Array, centres: Array, balance: Array, matrix: Array, group_size: int
 ) -> Array:
     """``x = R (d * (k - mu))`` for every token, ``[S, D]``."""
-    matrix = rotation(signs)
     rows = [
         (balance * (key - centres[token // group_size])) @ matrix for token, key in enumerate(keys)
     ]
@@ -114,10 +114,9 @@ def rotated_levels(x: Array, bits: int) -> tuple[Array, Array]:
 
 
 def rotated_dequantize(
-    levels: Array, scales: Array, centres: Array, balance: Array, signs: Array, group_size: int
+    levels: Array, scales: Array, centres: Array, balance: Array, matrix: Array, group_size: int
 ) -> Array:
     """``mu + R' (a b) / d``: ``[S, D]``."""
-    matrix = rotation(signs)
     keys = np.empty(levels.shape)
     for token, level in enumerate(levels):
         centred = (scales[token] * level) @ matrix.T / balance
@@ -214,15 +213,38 @@ def attended_by(token_indices: Tensor, num_query_heads: int, length: int) -> Boo
 
 
 def eager_attention(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Plain attention in the tensors' own dtype, as a model's eager code has it.
 
-    What rounding costs there is the yardstick for what it may cost elsewhere.
+    What rounding costs here is the yardstick for what it may cost the library.
     """
     num_groups = query.shape[1] // keys.shape[1]
     keys, values = (x.nan_to_num().repeat_interleave(num_groups, 1) for x in (keys, values))
-    logits = (query @ keys.transpose(2, 3) * scale).masked_fill(~visible, -torch.inf)
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = weights.masked_fill(~visible, 0.0)
-    return weights @ values
+    logits = query @ keys.transpose(2, 3) * scale
+    if softcap > 0:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if sink_logits is not None:
+        sink = sink_logits.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat((logits, sink), dim=-1)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : keys.shape[2]]
+    return weights.masked_fill(~visible, 0.0) @ values
+
+
+def rounding_allowed(eager: Tensor, expected: Array, terms: float = 0.0) -> float:
+    """The error that a result may have against `expected`, from that of eager code.
+
+    Twice the eager error and one rounding of the largest entry. Where an entry is a float32 sum
+    whose terms cancel, `terms` is the sum of their sizes, which is what its rounding goes by.
+    """
+    eager_error = np.abs(exact(eager) - expected).max()
+    largest = torch.finfo(eager.dtype).eps * np.abs(expected).max()
+    return float(2 * (eager_error + largest + torch.finfo(torch.float32).eps * terms))

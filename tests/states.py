@@ -40,15 +40,14 @@ def by_group(tensor: Tensor, group_size: int, length: int) -> Tensor:
 
 def held(index: KeyIndex, state: list[Tensor], length: int) -> dict[str, Tensor]:
     """What the state says of tokens ``0 .. length``, by name, and its constants."""
-    group_size: int = index.group_size  # type: ignore[attr-defined]
     parts = {"bits": bits_of(state, length)}
     if isinstance(index, RotatedIndex):
         parts["scale"] = state[1].flatten(2)[:, :, :length]
-        parts["centre"] = by_group(state[2], group_size, length)
-        parts["balance"], parts["signs"], parts["rotation"] = state[3:]
+        parts["centre"] = by_group(state[2], index.group_size, length)
+        parts["balance"], parts["rotation"] = state[3:]
     else:
-        parts["scale"] = by_group(state[1], group_size, length)
-        parts["zero"] = by_group(state[2], group_size, length)
+        parts["scale"] = by_group(state[1], index.group_size, length)
+        parts["zero"] = by_group(state[2], index.group_size, length)
     return parts
 
 

@@ -137,7 +137,7 @@ def shapes(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Problem:
     """Tensors of an attention problem; `visible` is None where nothing is padding."""
 
@@ -145,6 +145,11 @@ class Problem:
     keys: Tensor
     values: Tensor
     visible: Tensor | None
+    description: str
+
+    def __repr__(self) -> str:
+        """What was drawn, not the numbers."""
+        return f"Problem({self.description})"
 
 
 @st.composite
@@ -161,21 +166,22 @@ def problems(
     kind = draw(st.sampled_from(kinds))
     dtype = draw(st.sampled_from(dtypes))
     is_padded = draw(st.booleans())
-    generator = draw(generators())
+    seed = draw(seeds())
+    generator = torch.Generator().manual_seed(seed)
     query = gaussian(shape.query, generator).to(dtype)
     keys = kind(shape.keys, generator).to(dtype)
     values = gaussian(shape.values, generator).to(dtype)
+    description = f"{shape}, {kind.__name__}, {dtype}, {seed=}"
     if not is_padded:
-        return Problem(query, keys, values, None)
+        return Problem(query, keys, values, None, description)
     padding = draw(
         st.lists(st.integers(0, shape.length), min_size=shape.batch_size, max_size=shape.batch_size)
     )
     for row, num_padded in enumerate(padding):
         keys[row, :, :num_padded] = torch.nan
         values[row, :, :num_padded] = torch.nan
-    return Problem(
-        query, keys, values, left_padded_visible(padding, shape.num_queries, shape.length)
-    )
+    visible = left_padded_visible(padding, shape.num_queries, shape.length)
+    return Problem(query, keys, values, visible, f"{description}, {padding=}")
 
 
 def left_padded_visible(padding: list[int], num_queries: int, length: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -219,7 +221,7 @@ def scored(draw: st.DrawFn, *, longest: int = 200) -> tuple[Tensor, int, Tensor 
     return scores, heads, draw(masks(batch_size, num_queries, length))
 
 
-options = st.fixed_dictionaries(
+options: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"scale": st.sampled_from((1.0, 0.125, 3.0)), "softcap": st.sampled_from((0.0, 0.5, 20.0))}
 )
 
@@ -227,7 +229,7 @@ options = st.fixed_dictionaries(
 @given(case=scored(), options=options, has_sinks=st.booleans(), seed=seeds())
 def test_weights_are_the_mean_softmax_of_the_group(
     case: tuple[Tensor, int, Tensor | None],
-    options: dict[str, float],
+    options: dict[str, Any],
     has_sinks: bool,
     seed: int,
 ) -> None:
@@ -259,7 +261,7 @@ def test_weights_are_the_mean_softmax_of_the_group(
 @given(case=scored(), options=options, budget=budgets(), per_query_head=st.booleans())
 def test_selecting_from_scores_equals_weights_then_a_sort(
     case: tuple[Tensor, int, Tensor | None],
-    options: dict[str, float],
+    options: dict[str, Any],
     budget: int,
     per_query_head: bool,
 ) -> None:

@@ -32,6 +32,7 @@ class LayerCache:
         is_static: whether the capacity is fixed.
         is_dense: whether the layer keeps no index and is always attended densely.
         max_positions: tokens the model has positions for; None means no limit.
+        constants: the index's constant tensors, shared by the layers of one cache.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class LayerCache:
         is_static: bool = False,
         is_dense: bool = False,
         max_positions: int | None = None,
+        constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] | None = None,
     ) -> None:
         self.config = config
         self.is_static = is_static
         self.is_dense = is_dense
         self.max_positions = max_positions
+        self._constants = {} if constants is None else constants
         self.capacity = _round_up(max(capacity, 1))
         if is_static and max_positions is not None:
             self.capacity = min(self.capacity, max_positions)
@@ -197,9 +200,10 @@ class LayerCache:
                 self.index = make_index(
                     name, head_dim=head_dim, bits=bits, group_size=group_size, seed=seed
                 )
-                self.state = self.index.allocate(
-                    batch_size, num_kv_heads, self.capacity, key.device
-                )
+                state = self.index.allocate(batch_size, num_kv_heads, self.capacity, key.device)
+                own = len(state) - self.index.num_constants
+                shared = self._constants.setdefault((self.index, key.device), state[own:])
+                self.state = state[:own] + shared
             if self.is_static:
                 self.counters = self.counters.to(key.device, copy=True)
         self._settle()

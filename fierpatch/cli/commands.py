@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 
 def demo(arguments: argparse.Namespace) -> None:
+    """Hide three facts in a long text and ask for them densely, by retrieval, and without it."""
     settings = _settings(arguments, budget=256)
-    from fierpatch import apply
+    import fierpatch
     from fierpatch.evaluate import smollm2
     from fierpatch.evaluate.demo import HOWS, Answer, Reading
     from fierpatch.evaluate.metrics import token_agreement
     from fierpatch.evaluate.tasks import demo_prompts
 
     if arguments.model is None:
-        _say("SmolLM2-135M-Instruct, downloaded (93 MB) and converted where it is not here yet")
+        _say("Model: SmolLM2-135M-Instruct (the first time a download of 93 MB)")
         arguments.model = smollm2.fetch()
     with _loaded(arguments, cpu_dtype="float32") as (model, tokenizer):
         questions = demo_prompts(tokenizer)
-        with apply(model, settings) as handle:
+        with fierpatch.apply(model, settings) as handle:
             _say("Reading a text in which three facts are hidden, once and densely ...", end=" ")
             reading = Reading(handle, tokenizer, questions)
             _say(f"{reading.num_tokens:,} tokens in {reading.seconds:.1f} s")
@@ -63,43 +64,48 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
+    """Continue a prompt greedily through retrieval, and print the text as it comes."""
     settings = _settings(arguments)
     text = _prompt(arguments)
-    from fierpatch import apply
+    import torch
+
+    import fierpatch
+    from fierpatch.hf.console import stream_text
 
     with _loaded(arguments) as (model, tokenizer):
-        import torch
-
-        from fierpatch.hf.console import stream_text
-
         input_ids = torch.tensor([_encode(tokenizer, text, is_chat=arguments.chat)])
-        with apply(model, settings) as handle:
+        with fierpatch.apply(model, settings) as handle:
             stream_text(model, tokenizer, input_ids, max_new_tokens=arguments.max_new_tokens)
             if arguments.report:
                 print(handle.report(), file=sys.stderr)
 
 
 def estimate(arguments: argparse.Namespace) -> None:
+    """Print the tokens and bytes of a context, from the configuration alone."""
     settings = _settings(arguments)
-    from fierpatch import estimate
+    import fierpatch
     from fierpatch.hf.checkpoints import load_config
     from fierpatch.hf.console import quiet
 
     with quiet(not arguments.debug):
         config = load_config(arguments.model)
     dtype = None if arguments.dtype == "auto" else arguments.dtype
-    print(estimate(config, arguments.context, arguments.batch, dtype=dtype, settings=settings))
+    print(
+        fierpatch.estimate(
+            config, arguments.context, arguments.batch, dtype=dtype, settings=settings
+        )
+    )
 
 
 def verify(arguments: argparse.Namespace) -> None:
+    """Print how retrieval compares with dense decode on a prompt."""
     settings = _settings(arguments)
     text = _prompt(arguments)
-    from fierpatch import verify
+    import fierpatch
 
     with _loaded(arguments) as (model, tokenizer):
-        print(
-            verify(model, tokenizer, text, max_new_tokens=arguments.max_new_tokens, config=settings)
-        )
+        num_steps = arguments.max_new_tokens
+        print(fierpatch.verify(model, tokenizer, text, max_new_tokens=num_steps, config=settings))
 
 
 @contextmanager

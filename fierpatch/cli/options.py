@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import inspect
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 from fierpatch import __version__
 from fierpatch.cli import commands
@@ -21,6 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser; what it parses has the function to call as `command`."""
     parser = _Parser(
         prog="fierpatch",
         description="Decode attends to the best tokens of a long context, found by a 1-bit index.",
@@ -28,10 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fierpatch {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and all messages")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
+        command = group.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(command=run)
         # Suppressed, lest its default overrule the one before the command.
         command.add_argument(
@@ -39,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         return command
 
-    demo = add("demo", commands.demo, "find three facts in a long text: dense, retrieval, newest only")
+    demo = add("demo", commands.demo, "find three facts hidden in a long text")
     demo.add_argument("--model", metavar="ID_OR_PATH", help="SmolLM2-135M-Instruct by default")
     _add_placement(demo)
     _add_settings(demo)
@@ -49,14 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     generate.add_argument("--report", action="store_true", help="print what was read, to stderr")
 
-    estimate = add("estimate", commands.estimate, "what a context needs and a step reads, without weights")
+    estimate = add("estimate", commands.estimate, "what a context costs, from the configuration")
     estimate.add_argument("--model", metavar="ID_OR_PATH", required=True)
     estimate.add_argument("--context", metavar="TOKENS", type=_positive, required=True)
     estimate.add_argument("--batch", metavar="ROWS", type=_positive, default=1)
     estimate.add_argument("--dtype", choices=_DTYPES, default="auto", help="of K and V")
     _add_settings(estimate)
 
-    verify = add("verify", commands.verify, "compare retrieval with dense decode on a prompt of yours")
+    verify = add("verify", commands.verify, "compare retrieval with dense decode")
     _add_model_and_prompt(verify, num_tokens=32)
     return parser
 
@@ -67,7 +71,11 @@ def _add_model_and_prompt(command: argparse.ArgumentParser, num_tokens: int) -> 
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
     command.add_argument(
-        "--max-new-tokens", metavar="N", type=_positive, default=num_tokens, help=f"{num_tokens}"
+        "--max-new-tokens",
+        metavar="N",
+        type=_positive,
+        default=num_tokens,
+        help=f"tokens to decode at most (default {num_tokens})",
     )
     _add_placement(command)
     _add_settings(command)
@@ -75,7 +83,9 @@ def _add_model_and_prompt(command: argparse.ArgumentParser, num_tokens: int) -> 
 
 def _add_placement(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; by default auto")
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:1 (default: what is there)"
+    )
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -83,24 +93,18 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("settings of the patch")
     described = _described_fields()
     for field in dataclasses.fields(FierConfig):
-        flag = "--" + field.name.replace("_", "-")
-        text = described.get(field.name, "")
-        if isinstance(field.default, int | str) and not isinstance(field.default, bool):
-            text += f" (default {field.default})"
+        name, text = field.name, described.get(field.name, "")
+        flag = "--" + name.replace("_", "-")
+        # Absent unless given, so that FierConfig alone knows the defaults.
+        absent = argparse.SUPPRESS
         if isinstance(field.default, bool):
-            group.add_argument(
-                flag, action="store_true", default=argparse.SUPPRESS, help=text, dest=field.name
-            )
-        else:
-            kind = str if isinstance(field.default, str) else int
-            group.add_argument(
-                flag,
-                type=kind,
-                metavar="NAME" if kind is str else "N",
-                default=argparse.SUPPRESS,
-                help=text,
-                dest=field.name,
-            )
+            group.add_argument(flag, dest=name, action="store_true", default=absent, help=text)
+            continue
+        if field.default is not None:
+            text += f" (default {field.default})"
+        kind = str if isinstance(field.default, str) else int
+        metavar = "NAME" if kind is str else "N"
+        group.add_argument(flag, dest=name, type=kind, metavar=metavar, default=absent, help=text)
 
 
 def _described_fields() -> dict[str, str]:

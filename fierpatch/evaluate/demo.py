@@ -49,17 +49,27 @@ class Reading:
         handle: the patch on the model that reads.
         tokenizer: the model's.
         questions: prompts that begin alike; what they share is read.
+        max_new_tokens: of an answer.
 
     Attributes:
         num_tokens: tokens of the shared text.
         seconds: what reading it took.
     """
 
-    def __init__(self, handle: Handle, tokenizer: Any, questions: Sequence[Question]) -> None:
+    def __init__(
+        self,
+        handle: Handle,
+        tokenizer: Any,
+        questions: Sequence[Question],
+        *,
+        max_new_tokens: int = 24,
+    ) -> None:
         self.num_tokens = _num_shared([question.prompt_ids for question in questions])
         self._handle = handle
         self._tokenizer = tokenizer
-        self._cache = handle.new_cache()
+        self._max_new_tokens = max_new_tokens
+        longest = max(len(question.prompt_ids) for question in questions)
+        self._cache = handle.new_cache(longest + max_new_tokens)
         input_ids = self._tensor(questions[0].prompt_ids[: self.num_tokens])
         start = time.perf_counter()
         with torch.no_grad():
@@ -67,14 +77,13 @@ class Reading:
         self.seconds = time.perf_counter() - start
         self._bookmark = Bookmark(self._cache)
 
-    def ask(self, question: Question, how: str, *, max_new_tokens: int = 24) -> Answer:
+    def ask(self, question: Question, how: str) -> Answer:
         """Answer greedily; then the text is all the cache holds again.
 
         Args:
             question: one of those that the text was read for.
             how: ``"dense"``; ``"retrieval"``; or ``"newest only"``, a budget of the same size that
                 the first and the last tokens of the context fill, for comparison.
-            max_new_tokens: of the answer.
         """
         input_ids = self._tensor(question.prompt_ids)
         start = time.perf_counter()
@@ -83,7 +92,7 @@ class Reading:
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=self._cache,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=self._max_new_tokens,
                 do_sample=False,
                 num_beams=1,
             )

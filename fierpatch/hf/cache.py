@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -12,6 +13,7 @@ from fierpatch.cache import LayerCache, LayerFacts, Observer
 from fierpatch.config import FierConfig
 from fierpatch.errors import CacheMismatchError, PositionLimitError
 from fierpatch.hf.support import max_positions
+from fierpatch.index import KeyIndex
 
 
 class FierLayer(CacheLayerMixin):
@@ -137,6 +139,7 @@ class FierCache(Cache):
         else:
             template, plain = DynamicCache(config=text_config), DynamicLayer
         layers = list(template.layers)
+        constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] = {}
         for number, layer in enumerate(layers):
             if type(layer) is plain:
                 layers[number] = FierLayer(
@@ -146,6 +149,7 @@ class FierCache(Cache):
                         is_static=settings.compile,
                         is_dense=number < settings.dense_layers,
                         max_positions=limit,
+                        constants=constants,
                     )
                 )
         super().__init__(layers=layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError, PositionLimitError

@@ -31,6 +31,10 @@ class KeyIndex(Protocol):
         """Channels of a key."""
 
     @property
+    def group_size(self) -> int:
+        """Tokens that are indexed as one; appending may start anew from any multiple of it."""
+
+    @property
     def bytes_per_token(self) -> float:
         """Bytes of index a token and KV head, in the limit of a long context."""
 

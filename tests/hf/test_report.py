@@ -1,0 +1,182 @@
+"""The report and the estimate say what is there: kinds, reasons, tokens and bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hf.models import WINDOW, prompt, tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fierpatch
+from fierpatch import FierCache, FierConfig
+from fierpatch.errors import ConfigError
+
+INDEXES = st.sampled_from((("rotated", 1), ("rotated", 2), ("fier", 1)))
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def index_nbytes(cache: FierCache, number: int) -> int:
+    """Bytes of a layer's index, without the constants that all layers could share."""
+    store = cache.stores[number]
+    if store.index is None:
+        return 0
+    return nbytes(*store.state[: len(store.state) - store.index.num_constants])
+
+
+def test_every_layer_has_its_kind_and_the_reason() -> None:
+    model = tiny_model("gemma3")
+    with fierpatch.apply(model, budget=64, bits=2) as handle:
+        layers = handle.report().layers
+    assert [layer.number for layer in layers] == list(range(6))
+    kinds = ["sliding", "dense", "sliding", "sparse", "sliding", "sparse"]
+    assert [layer.kind for layer in layers] == kinds
+    for layer in layers:
+        words = {"sliding": f"sees {WINDOW}", "dense": "dense_layers=2", "sparse": "2 bit"}
+        assert words[layer.kind] in layer.reason
+
+
+def test_before_any_run_there_is_nothing_to_count() -> None:
+    model = tiny_model("gemma3")
+    with fierpatch.apply(model, budget=64) as handle:
+        report = handle.report()
+    assert report.kv_bytes == report.index_bytes == report.bytes_read == 0
+    assert report.active_fraction == 1.0
+    assert all(layer.tokens == layer.tokens_attended == 0 for layer in report.layers)
+    assert "total" in str(report)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_and_bytes_are_those_of_the_tensors(is_static: bool, dtype: torch.dtype) -> None:
+    model = tiny_model("gemma3").to(dtype)
+    settings = FierConfig(budget=64, compile=is_static)
+    with fierpatch.apply(model, settings) as handle:
+        options = {"max_new_tokens": 10, "return_dict_in_generate": True}
+        cache = model.generate(prompt(505, 2), **options).past_key_values
+        report = handle.report()
+        assert handle.report(cache) == report
+    for number, store in cache.stores.items():
+        layer = report.layers[number]
+        assert layer.tokens == cache.get_seq_length(number) == 514
+        assert layer.kv_bytes == store.facts.kv_nbytes == nbytes(store.keys, store.values)
+        assert layer.index_bytes == store.facts.index_nbytes == index_nbytes(cache, number)
+        assert store.facts.itemsize == dtype.itemsize
+    assert report.kv_bytes == sum(layer.kv_bytes for layer in report.layers)
+    assert report.index_bytes == sum(index_nbytes(cache, number) for number in cache.stores)
+
+
+def test_numbers_outlive_the_cache_and_the_next_run_replaces_them() -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, budget=64) as handle:
+        model.generate(prompt(100), max_new_tokens=3)
+        assert handle.report().layers[3].tokens == 102
+        model.generate(prompt(20), max_new_tokens=3)
+        assert handle.report().layers[3].tokens == 22
+
+
+@pytest.mark.parametrize("per_query_head", [False, True])
+def test_a_step_reads_the_index_and_the_budget_of_a_sparse_layer(per_query_head: bool) -> None:
+    """And of a dense or sliding one, the K and V of the tokens it sees."""
+    model = tiny_model("gemma3")
+    with fierpatch.apply(model, budget=50, per_query_head=per_query_head) as handle:
+        model.generate(prompt(199), max_new_tokens=2)
+        report = handle.report()
+    row = 2 * 16 * 4  # K and V of 16 channels in float32
+    heads, groups = 2, 2
+    sparse, dense, sliding = (report.layers[number] for number in (3, 1, 0))
+    assert (sparse.tokens_attended, dense.tokens_attended) == (50, 200)
+    assert sliding.tokens_attended == WINDOW
+    scanned = 200 * (16 / 8 + 2 + 2 * 16 / 128)  # bits, a scale, a share of the group's centre
+    lists = groups if per_query_head else 1
+    assert sparse.bytes_read == heads * (scanned + lists * 50 * row)
+    assert sparse.bytes_read_dense == dense.bytes_read == heads * 200 * row
+    assert sliding.bytes_read == sliding.bytes_read_dense == heads * WINDOW * row
+    assert sparse.key_access_ratio == (scanned + lists * 50 * row / 2) / (200 * row / 2)
+    assert report.active_fraction == 50 / 200
+
+
+@given(
+    context=st.integers(1, 1500),
+    batch=st.integers(1, 3),
+    index=INDEXES,
+    group_size=st.sampled_from((None, 32, 512)),
+    dense_layers=st.integers(0, 5),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    family=st.sampled_from(("llama", "qwen3", "gemma3")),
+)
+def test_an_estimate_is_what_a_prompt_of_that_length_allocates(
+    context: int,
+    batch: int,
+    index: tuple[str, int],
+    group_size: int | None,
+    dense_layers: int,
+    dtype: torch.dtype,
+    family: str,
+) -> None:
+    config = tiny_config(family)
+    options: dict[str, Any] = {
+        "index": index[0],
+        "bits": index[1],
+        "group_size": group_size,
+        "dense_layers": dense_layers,
+    }
+    estimate = fierpatch.estimate(config, context, batch, dtype=dtype, **options)
+    cache = FierCache(config, FierConfig(**options))
+    keys = torch.zeros(batch, 2, context, config.head_dim, dtype=dtype)
+    for number, store in cache.stores.items():
+        cache.update(keys, keys, number)
+        layer = estimate.layers[number]
+        assert layer.tokens == context
+        assert layer.kv_bytes == nbytes(store.keys, store.values)
+        assert layer.index_bytes == index_nbytes(cache, number)
+
+
+def test_an_estimate_is_the_report_of_the_run() -> None:
+    model = tiny_model("qwen3")
+    with fierpatch.apply(model, budget=64) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(700, 2), past_key_values=cache)
+        assert handle.report() == fierpatch.estimate(model, 700, 2, settings=handle.config)
+
+
+def test_an_estimate_takes_the_dtype_of_the_model_or_its_configuration() -> None:
+    config = tiny_config("llama")
+    size = fierpatch.estimate(config, 100, dtype="float32").kv_bytes
+    assert fierpatch.estimate(config, 100).kv_bytes == size // 2  # bfloat16 where none is stated
+    config.dtype = torch.float64
+    assert fierpatch.estimate(config, 100).kv_bytes == 2 * size
+    assert fierpatch.estimate(tiny_model("llama"), 100).kv_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0,), {}, "context=0"),
+        ((100, 0), {}, "batch=0"),
+        ((100.0,), {}, "context=100.0"),
+        ((100,), {"dtype": "float33"}, "float33"),
+        ((100,), {"bugdet": 3}, "did you mean 'budget'"),
+        ((100,), {"budget": 3}, "sinks"),
+    ],
+)
+def test_a_bad_estimate_is_refused(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fierpatch.estimate(tiny_config("llama"), *arguments, **options)
+
+
+def test_printed_layers_of_a_kind_share_a_line() -> None:
+    text = str(fierpatch.estimate(tiny_config("llama"), 100_000, 4, dtype="bfloat16"))
+    lines = text.splitlines()
+    assert lines[0] == "llama: 100000 tokens, batch 4, bfloat16"
+    assert [line.split()[:2] for line in lines[2:4]] == [["0-1", "dense"], ["2-3", "sparse"]]
+    assert "1024" in lines[3]
+    assert lines[-1].startswith("total: reads")
+    assert "MiB" in lines[-1]
