@@ -14,7 +14,8 @@ from fierpatch.errors import ConfigError, NotYetSupportedError
 INDEXES = ("rotated", "fier")
 BACKENDS = ("auto", "reference")
 PLANNED_BACKENDS = ("triton", "flex")
-TILE_SIZE = 512  # tokens of one packed tile: 16 bit planes of 32 rows
+GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
+_MOST = (1 << 63) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +93,10 @@ class FierConfig:
             )
         if self.group_size is not None:
             _check_integer("group_size", self.group_size, 32)
-            if TILE_SIZE % self.group_size or self.group_size % 32:
+            if self.group_size not in GROUP_SIZES:
                 raise ConfigError(
-                    f"group_size={self.group_size} does not divide a tile of {TILE_SIZE} tokens "
-                    "into whole bit planes: choose 32, 64, 128, 256 or 512"
+                    f"group_size={self.group_size} does not divide a tile of 512 tokens into whole "
+                    "bit planes: choose 32, 64, 128, 256 or 512"
                 )
         if self.offload:
             raise NotYetSupportedError(
@@ -154,6 +155,8 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
     if value < least:
         raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
+    if value > _MOST:
+        raise ConfigError(f"{name}={value} is too large: operators take 64 bits, at most {_MOST}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

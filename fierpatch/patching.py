@@ -56,8 +56,8 @@ def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handl
         settings = config.replace(**options) if options else config
     else:
         raise ConfigError(
-            f"config must be a FierConfig, got {type(config).__name__}: pass options by name, as in "
-            "apply(model, budget=1024), or FierConfig.from_dict of a mapping"
+            f"config must be a FierConfig, got {type(config).__name__}: pass options by name, as "
+            "in apply(model, budget=1024), or FierConfig.from_dict of a mapping"
         )
     inner = support.unwrap(model)
     earlier = current_handle(inner)
@@ -252,6 +252,12 @@ class Handle:
         max_cache_length: int,
     ) -> None:
         """Stands in for the model's method of the same purpose; see `prepare_cache`."""
+        chosen = self._bases[0][0]._attn_implementation
+        if chosen != self._name:
+            raise ConfigError(
+                f"the attention implementation was set to {chosen!r} after the patch, which leaves "
+                "retrieval out: call fierpatch.apply again"
+            )
         cache = prepare_cache(
             self.model,
             self.config,

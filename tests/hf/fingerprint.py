@@ -58,5 +58,3 @@ def saved_files(model: PreTrainedModel) -> dict[str, bytes]:
 def _configs(model: PreTrainedModel) -> list[Any]:
     found = [getattr(module, "config", None) for module in model.modules()]
     return [config for config in [model.config, *found] if config is not None]
-
-

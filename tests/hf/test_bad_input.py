@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf.fingerprint import fingerprint, registered
-from hf.models import prompt, tiny_config, tiny_model
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -29,6 +27,8 @@ from fierpatch.errors import (
     TrainingModeError,
     UnsupportedModelError,
 )
+from hf.fingerprint import fingerprint, registered
+from hf.models import prompt, tiny_config, tiny_model
 
 NUM_POSITIONS = 600  # not a multiple of a bucket
 
@@ -209,12 +209,12 @@ def test_what_holds_no_model_is_refused(thing: object, function: Callable[[Any],
 
 
 def test_two_models_of_one_configuration_object_are_not_both_patched() -> None:
-    """Their attention looks up one name in one place: one patch would reach into the other model."""
+    """Both would look up one name in one place, so one patch would reach into the other model."""
     config = tiny_config("llama")
     first, second = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
-    with fierpatch.apply(first), nothing_changes(second):
-        with pytest.raises(UnsupportedModelError, match="deepcopy"):
-            fierpatch.apply(second)
+    refused = pytest.raises(UnsupportedModelError, match="deepcopy")
+    with fierpatch.apply(first), nothing_changes(second), refused:
+        fierpatch.apply(second)
     fierpatch.apply(second).remove()
 
 
@@ -274,9 +274,9 @@ def test_attention_weights_are_refused_where_the_unpatched_model_has_them() -> N
 
 def test_speculation_over_static_sliding_layers_is_refused() -> None:
     model = tiny_model("gemma3")
-    with fierpatch.apply(model, budget=24, compile=True), nothing_changes(model):
-        with pytest.raises(ConfigError, match="static"):
-            model.generate(prompt(40), max_new_tokens=4, prompt_lookup_num_tokens=3)
+    refused = pytest.raises(ConfigError, match="static")
+    with fierpatch.apply(model, budget=24, compile=True), nothing_changes(model), refused:
+        model.generate(prompt(40), max_new_tokens=4, prompt_lookup_num_tokens=3)
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
@@ -305,8 +305,8 @@ def test_a_forward_pass_past_the_last_position_is_refused(
     model(prompt(num_last), past_key_values=cache)
     with pytest.raises(error, match="600"):
         model(prompt(num_last), past_key_values=cache)
+    empty = FierCache(model.config, cache.settings, max_cache_len=590)
     with pytest.raises(error, match="600"):
-        empty = FierCache(model.config, cache.settings, max_cache_len=590)
         model(prompt(NUM_POSITIONS + 1), past_key_values=empty)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hf.agreement import FULL_BUDGET
-from hf.models import left_padded, prompt, tiny_config, tiny_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, PreTrainedModel
 
 import fierpatch
 from fierpatch import FierCache
+from fierpatch.cache import LayerCache
 from fierpatch.errors import CapacityError
+from hf.agreement import FULL_BUDGET
+from hf.models import left_padded, prompt, tiny_config, tiny_model
 
 NUM_STEPS = 22
 STATIC = {"cache_implementation": "static"}
@@ -105,8 +107,23 @@ def test_compiled_generate_gives_the_tokens_of_the_unpatched_model(family: str, 
             model.generate(prompt(71, 2), **options)  # another length, without padding
 
 
+def test_a_compiled_run_leaves_no_keys_and_values_behind() -> None:
+    """The compiler itself leaves a cycle, once; later runs free by reference counts alone."""
+    model = two_layers("llama")
+    options = {"max_new_tokens": 4, "compile_config": compile_config(), **STATIC}
+    with fierpatch.apply(model, budget=24, dense_layers=1):
+        model.generate(prompt(40), **options)
+        gc.collect()
+        gc.disable()
+        try:
+            model.generate(prompt(40), **options)
+            assert not [each for each in gc.get_objects() if type(each) is LayerCache]
+        finally:
+            gc.enable()
+
+
 def test_compiled_generate_agrees_where_the_prompt_comes_in_chunks() -> None:
-    """transformers compiles the chunks too, and the first of them allocates the cache."""
+    """The chunks are compiled too, and the first of them allocates the cache."""
     model = two_layers("llama")
     stock = model.generate(prompt(64), max_new_tokens=8)
     with (

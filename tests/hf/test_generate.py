@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, StaticCache
+
+import fierpatch
+from fierpatch import FierCache, FierConfig
 from hf.agreement import (
     FULL_BUDGET,
     RECORD,
@@ -16,13 +22,7 @@ from hf.agreement import (
     assert_as_close,
     in_float64,
 )
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from hf.models import FAMILIES, FAMILIES_AND_BASES, left_padded, prompt, tiny_model
-from transformers import PreTrainedModel, StaticCache
-
-import fierpatch
-from fierpatch import FierCache, FierConfig
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_base = pytest.mark.parametrize(("family", "base"), FAMILIES_AND_BASES)
@@ -126,6 +126,25 @@ def test_every_mode_of_generate_agrees(family: str, mode: str) -> None:
         assert_agrees(lambda: tiny_model(family), MODES[mode])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_generate_runs_in_inference_mode(mode: str) -> None:
+    model = tiny_model("llama")
+    with torch._dynamo.config.patch(recompile_limit=8), fierpatch.apply(model, budget=24):
+        plain = MODES[mode](model)
+        with torch.inference_mode():
+            assert torch.equal(MODES[mode](model).sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("max_query_length", [1, 5, 6, 16])
+def test_queries_of_any_length_may_be_steps(max_query_length: int) -> None:
+    """Prompt lookup verifies six tokens at once: by retrieval, or as a prompt in between."""
+    assert_agrees(
+        lambda: tiny_model("gemma3"),
+        MODES["prompt lookup"],
+        max_query_length=max_query_length,
+    )
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9])
 @every_family
 def test_a_prompt_as_short_as_a_step_agrees(family: str, length: int) -> None:
@@ -164,10 +183,12 @@ def test_assistance_by_its_own_first_layers_agrees() -> None:
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_speculation_over_a_static_cache_agrees(base: str) -> None:
-    """transformers refuses it for caches of its own (transformers#32946)."""
+    """Which transformers refuses for caches of its own (transformers#32946)."""
 
     def run(model: PreTrainedModel) -> Any:
-        return generate(model, prompt(18).repeat(1, 5), max_new_tokens=24, prompt_lookup_num_tokens=5)
+        return generate(
+            model, prompt(18).repeat(1, 5), max_new_tokens=24, prompt_lookup_num_tokens=5
+        )
 
     assert_agrees(lambda: tiny_model("llama", base), run, compile=True)
 
@@ -182,9 +203,11 @@ def candidates_in_parallel(model: PreTrainedModel, input_ids: torch.Tensor, **kw
         candidates = logits[-1].topk(3).indices  # [B, 3]
         cache.batch_repeat_interleave(3)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        output = step(
-            input_ids=candidates.view(-1, 1), attention_mask=mask.repeat_interleave(3, 0)
-        ).logits[:, -1].float()
+        output = (
+            step(input_ids=candidates.view(-1, 1), attention_mask=mask.repeat_interleave(3, 0))
+            .logits[:, -1]
+            .float()
+        )
         best = output.amax(-1).view(-1, 3).argmax(-1)
         rows = torch.arange(len(best)) * 3 + best
         cache.batch_select_indices(rows)
@@ -237,7 +260,9 @@ def test_every_group_size_agrees(index: str, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("family", "base"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")])
+@pytest.mark.parametrize(
+    ("family", "base"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
+)
 def test_logits_in_half_precision_are_as_close_as_the_unpatched_ones(
     family: str, base: str, dtype: torch.dtype
 ) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf.models import WINDOW, prompt, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fierpatch
 from fierpatch import FierCache, FierConfig
 from fierpatch.errors import ConfigError
+from hf.models import WINDOW, prompt, tiny_config, tiny_model
 
 INDEXES = st.sampled_from((("rotated", 1), ("rotated", 2), ("fier", 1)))
 

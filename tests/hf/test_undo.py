@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf.fingerprint import fingerprint, registered, saved_files
-from hf.models import prompt, tiny_model
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,6 +29,8 @@ import fierpatch
 from fierpatch import FierConfig, FierError
 from fierpatch.cache import LayerCache
 from fierpatch.errors import ConfigError, TrainingModeError
+from hf.fingerprint import fingerprint, registered, saved_files
+from hf.models import prompt, tiny_model
 
 SETTINGS = (
     FierConfig(budget=24, dense_layers=0),
@@ -156,11 +156,11 @@ class Patches(RuleBasedStateMachine):
     ) -> None:
         slot = self.slot(number)
         slot.removed()
-        with contextlib.suppress(Interruption, KeyboardInterrupt):
-            with fierpatch.apply(slot.model, config) as handle:
-                assert torch.equal(generate(slot.model), alone(slot.family, config))
-                if error is not None:
-                    raise error
+        handle = fierpatch.apply(slot.model, config)
+        with contextlib.suppress(Interruption, KeyboardInterrupt), handle:
+            assert torch.equal(generate(slot.model), alone(slot.family, config))
+            if error is not None:
+                raise error
         slot.old_handles.append(handle)
 
     @rule(number=numbers)
@@ -169,9 +169,7 @@ class Patches(RuleBasedStateMachine):
         assert torch.equal(generate(slot.model), alone(slot.family, slot.config))
 
     @rule(number=numbers, error=interruptions, where=st.sampled_from(("logits", "stopping")))
-    def run_and_be_interrupted(
-        self, number: int, error: type[BaseException], where: str
-    ) -> None:
+    def run_and_be_interrupted(self, number: int, error: type[BaseException], where: str) -> None:
         name = {"logits": "logits_processor", "stopping": "stopping_criteria"}[where]
         with pytest.raises(error):
             generate(self.slot(number).model, **{name: [Interrupt(error)]})
@@ -182,12 +180,11 @@ class Patches(RuleBasedStateMachine):
         patched = [slot for slot in self.slots if slot.handle is not None]
         slot = patched[number % len(patched)]
         assert slot.handle is not None
-        with contextlib.suppress(Interruption, KeyboardInterrupt):
-            with slot.handle.disabled():
-                assert fingerprint(slot.model) == pristine(slot.family)[0]
-                assert torch.equal(generate(slot.model), alone(slot.family, None))
-                if error is not None:
-                    raise error
+        with contextlib.suppress(Interruption, KeyboardInterrupt), slot.handle.disabled():
+            assert fingerprint(slot.model) == pristine(slot.family)[0]
+            assert torch.equal(generate(slot.model), alone(slot.family, None))
+            if error is not None:
+                raise error
         assert slot.handle.is_attached
 
     @rule(number=numbers, is_training=st.booleans())
@@ -275,6 +272,18 @@ def test_an_implementation_chosen_while_patched_stays() -> None:
     model = tiny_model("llama", "sdpa")
     with fierpatch.apply(model):
         model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_implementation_chosen_while_patched_needs_a_new_patch() -> None:
+    """Instead of attending densely without a word."""
+    model = tiny_model("llama", "sdpa", num_hidden_layers=2)
+    fierpatch.apply(model, SETTINGS[0])
+    model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="apply again"):
+        generate(model)
+    with fierpatch.apply(model, SETTINGS[0]):
+        assert torch.equal(generate(model), alone("llama", SETTINGS[0]))
     assert model.config._attn_implementation == "eager"
 
 

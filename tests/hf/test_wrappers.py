@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hf.fingerprint import fingerprint, registered
-from hf.models import prompt, tiny_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import fierpatch
+from hf.fingerprint import fingerprint, registered
+from hf.models import prompt, tiny_model
 
 BUDGET = {"budget": 24, "dense_layers": 0}
 
