@@ -12,17 +12,11 @@ from typing import Any
 import torch
 
 import fierpatch
-from bench.prompts import prefill
+from bench.prompts import INDEXES, prefill
 from bench.rows import save, table
 from fierpatch import FierConfig
 from fierpatch.evaluate import smollm2, tasks
 from fierpatch.hf.checkpoints import load
-
-INDEXES: dict[str, dict[str, Any]] = {
-    "rotated 1 bit": {"index": "rotated"},
-    "rotated 2 bits": {"index": "rotated", "bits": 2},
-    "fier": {"index": "fier"},
-}
 
 
 def main(arguments: list[str]) -> None:

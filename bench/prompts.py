@@ -11,6 +11,12 @@ from torch import Tensor
 import fierpatch
 from fierpatch import FierCache, FierConfig
 
+INDEXES: dict[str, dict[str, Any]] = {
+    "rotated 1 bit": {"index": "rotated"},
+    "rotated 2 bits": {"index": "rotated", "bits": 2},
+    "fier": {"index": "fier"},
+}
+
 
 @dataclass
 class Prefill:

@@ -15,18 +15,12 @@ import torch
 from torch import Tensor
 
 import fierpatch
-from bench.prompts import prefill
+from bench.prompts import INDEXES, prefill
 from bench.rows import save, table
 from fierpatch import FierConfig
 from fierpatch.evaluate import metrics, smollm2, tasks
 from fierpatch.evaluate.texts import persuasion
 from fierpatch.hf.checkpoints import load
-
-INDEXES: dict[str, dict[str, Any]] = {
-    "rotated 1 bit": {"index": "rotated"},
-    "rotated 2 bits": {"index": "rotated", "bits": 2},
-    "fier": {"index": "fier"},
-}
 
 
 def main(arguments: list[str]) -> None:

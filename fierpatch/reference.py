@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fierpatch.index import KeyIndex
-from fierpatch.select import causal_visible, select
+from fierpatch.select import causal_visible, select, softmax_beside_sink, to_logits
 
 
 def exact_scores(query: Tensor, keys: Tensor) -> Tensor:
@@ -113,16 +113,10 @@ def gather_attention(
         return chosen.view(*rows.shape, -1).to(dtype)  # [B, lists, T, K, D]
 
     grouped = query.to(dtype).unflatten(1, (num_lists, -1)).transpose(2, 3)  # [B, lists, T, G, D]
-    logits = grouped @ gather(keys).transpose(3, 4) * scale
-    if softcap > 0:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = to_logits(grouped @ gather(keys).transpose(3, 4), scale, softcap)
     logits = logits.masked_fill(~is_used.unsqueeze(3), -torch.inf)
-    if sink_logits is not None:
-        sink = sink_logits.to(dtype).view(1, num_lists, 1, -1, 1)
-        logits = torch.cat((logits, sink.expand(*logits.shape[:-1], 1)), dim=-1)
-        weights = logits.softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
+    sink = None if sink_logits is None else sink_logits.view(num_lists, 1, -1, 1)
+    weights = softmax_beside_sink(logits, sink)
     output = weights @ gather(values)  # [B, lists, T, G, Dv]
     output = torch.where(is_used.any(-1)[..., None, None], output, 0.0)
     return output.transpose(2, 3).flatten(1, 2).to(query.dtype)
@@ -149,15 +143,9 @@ def masked_attention(
         ``[B, Hq, T, Dv]`` in the query's dtype; 0 for a query that sees nothing.
     """
     dtype = _working_dtype(query)
-    logits = exact_scores(query, keys) * scale
-    if softcap > 0:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~visible, -torch.inf)
-    if sink_logits is not None:
-        sink = sink_logits.to(dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
-        weights = torch.cat((logits, sink), dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
+    logits = to_logits(exact_scores(query, keys), scale, softcap).masked_fill(~visible, -torch.inf)
+    sink = None if sink_logits is None else sink_logits[:, None, None]
+    weights = softmax_beside_sink(logits, sink)
     visible = visible.expand_as(weights)
     weights = weights.masked_fill(~visible, 0.0)
     grouped = weights.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, G * T, S]
@@ -187,9 +175,7 @@ def attention_mass(
     num_query_heads = query.shape[1]
     if visible is None and query.shape[2] > 1:
         visible = causal_visible(query.shape[2], keys.shape[2], query.device)
-    logits = exact_scores(query, keys) * scale
-    if softcap > 0:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = to_logits(exact_scores(query, keys), scale, softcap)
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
     weights = logits.softmax(-1)

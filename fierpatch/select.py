@@ -14,6 +14,28 @@ def causal_visible(num_queries: int, length: int, device: torch.device) -> Tenso
     return (positions <= positions[length - num_queries :, None])[None, None]
 
 
+def to_logits(scores: Tensor, scale: float, softcap: float) -> Tensor:
+    """What softmax takes: ``scale * scores``, and where softcap > 0 its capped form (Gemma 2)."""
+    logits = scores * scale
+    return torch.tanh(logits / softcap) * softcap if softcap > 0 else logits
+
+
+def softmax_beside_sink(logits: Tensor, sink: Tensor | None) -> Tensor:
+    """Softmax over the last dimension beside a sink logit, which takes weight but is no token.
+
+    Args:
+        logits: ``[..., S]``.
+        sink: broadcastable to ``[..., 1]`` (GPT-OSS); None means plain softmax.
+
+    Returns:
+        ``[..., S]``, which sums to less than 1 where there is a sink.
+    """
+    if sink is None:
+        return logits.softmax(-1)
+    beside = sink.to(logits.dtype).expand(*logits.shape[:-1], 1)
+    return torch.cat((logits, beside), dim=-1).softmax(-1)[..., :-1]
+
+
 def attention_weights(
     scores: Tensor,
     *,
@@ -36,14 +58,11 @@ def attention_weights(
     Returns:
         ``[B, H, T, S]`` in the dtype of `scores`; 0 at invisible tokens.
     """
-    logits = _logits(scores, scale, softcap)
+    logits = to_logits(scores, scale, softcap)
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
-    if sink_logits is not None:
-        sink = sink_logits.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
-        weights = torch.cat((logits, sink), dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
+    sink = None if sink_logits is None else sink_logits[:, None, None]
+    weights = softmax_beside_sink(logits, sink)
     if visible is not None:
         # A row that sees nothing has no softmax.
         weights = weights.masked_fill(~visible, 0.0)
@@ -155,8 +174,3 @@ def select(
             visible=visible,
         )
     return select_tokens(priority, budget=budget, sinks=sinks, recent=recent, visible=visible)
-
-
-def _logits(scores: Tensor, scale: float, softcap: float) -> Tensor:
-    logits = scores * scale
-    return torch.tanh(logits / softcap) * softcap if softcap > 0 else logits

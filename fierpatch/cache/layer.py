@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fierpatch.ops  # noqa: F401  (registers torch.ops.fierpatch)
+from fierpatch.cache.checks import check_fit, check_positions
 from fierpatch.cache.facts import LayerFacts, Observer
 from fierpatch.config import FierConfig
-from fierpatch.errors import CacheMismatchError, FierError, PositionLimitError
 from fierpatch.index import KeyIndex, make_index, map_batch, nbytes, resize
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
@@ -105,7 +105,7 @@ class LayerCache:
         num_new = key.shape[2]
         if not self.is_allocated:
             self.allocate(key, value)
-        self._check_fit(key, value)
+        check_fit(key, value, self.keys, self.values)
         is_prompt = num_new > self.config.max_query_length
         is_first_prompt = False
         if not self.is_static:
@@ -190,7 +190,7 @@ class LayerCache:
         """Allocate for tensors shaped, typed and placed like these, whatever their length."""
         batch_size, num_kv_heads, num_new, head_dim = key.shape
         if not self.is_static:
-            self._check_positions(num_new)
+            check_positions(num_new, self.max_positions)
             self.capacity = max(self.capacity, _round_up(num_new))
         with torch.inference_mode(False):
             self.keys = key.new_zeros((batch_size, num_kv_heads, self.capacity, head_dim))
@@ -260,7 +260,7 @@ class LayerCache:
         self._settle()
 
     def _reserve(self, num_tokens: int) -> None:
-        self._check_positions(num_tokens)
+        check_positions(num_tokens, self.max_positions)
         if num_tokens <= self.capacity:
             return
         # An eighth more at a time: few copies, and never twice the memory.
@@ -271,33 +271,6 @@ class LayerCache:
             if self.index is not None:
                 self.state = resize(self.index, self.state, self.capacity)
         self._settle()
-
-    def _check_fit(self, key: Tensor, value: Tensor) -> None:
-        if torch.is_grad_enabled() and key.requires_grad:
-            raise FierError(
-                "retrieval has no backward, and the keys require a gradient: decode under "
-                "torch.no_grad(), or train without a fierpatch cache"
-            )
-        for name, new, held in (("keys", key, self.keys), ("values", value, self.values)):
-            if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
-                raise CacheMismatchError(
-                    f"the cache holds {name} of [B, H, D] = {_describe(held)} and was given "
-                    f"{_describe(new)}: it belongs to another model or batch size; start with a "
-                    "new cache"
-                )
-            if new.dtype != held.dtype or new.device != held.device:
-                raise CacheMismatchError(
-                    f"the cache holds {name} as {held.dtype} on {held.device} and was given "
-                    f"{new.dtype} on {new.device}: it belongs to another model; start with a new "
-                    "cache"
-                )
-
-    def _check_positions(self, num_tokens: int) -> None:
-        if self.max_positions is not None and num_tokens > self.max_positions:
-            raise PositionLimitError(
-                f"{num_tokens} tokens are past the model's {self.max_positions} positions: "
-                "shorten the prompt or generate fewer tokens"
-            )
 
     def _settle(self) -> None:
         """After the buffers changed: fix their addresses and record their sizes."""
@@ -320,7 +293,3 @@ def _grown(tensor: Tensor, capacity: int) -> Tensor:
     larger = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
     larger[:, :, : tensor.shape[2]] = tensor
     return larger
-
-
-def _describe(tensor: Tensor) -> str:
-    return str([tensor.shape[0], tensor.shape[1], tensor.shape[3]])
