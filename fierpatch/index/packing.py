@@ -16,6 +16,7 @@ NUM_PLANES = 16
 ROWS = TILE_SIZE // NUM_PLANES
 
 _TILES_AT_ONCE = 16  # bounds the temporary of packing to 8192 tokens
+_ELEMENTS_AT_ONCE = 1 << 18  # of expanded planes: few operators, and a temporary that caches hold
 
 
 def num_tiles(num_tokens: int) -> int:
@@ -69,22 +70,26 @@ def plane_dot(planes: Tensor, query: Tensor) -> Tensor:
     num_queries = query.shape[-2]
     if is_shared := query.ndim == 4:
         words = planes.reshape(batch_size * num_heads, tiles * rows, head_dim)
-        operand = query.reshape(batch_size * num_heads, num_queries, head_dim)
+        operands = query.flatten(0, 1).expand(NUM_PLANES, -1, -1, -1)
     else:
         words = planes.reshape(batch_size * num_heads * tiles, rows, head_dim)
-        operands = query.reshape(-1, NUM_PLANES, num_queries, head_dim)
-    sums = query.new_empty(NUM_PLANES, words.shape[0], num_queries, words.shape[1])
-    masked = torch.empty_like(words)
-    values = torch.empty_like(words, dtype=query.dtype)
-    for plane in range(NUM_PLANES):
-        # A masked word is 0 or the plane's power of two, exact in float32; plane 15 is the sign.
-        weight = 1 << plane if plane < 15 else -(1 << 15)
-        torch.bitwise_and(words, weight, out=masked)
+        operands = query.flatten(0, 2).transpose(0, 1)  # [16, B * H * tiles, M, D]
+    at_once = 1
+    while at_once < NUM_PLANES and 2 * at_once * words.numel() <= _ELEMENTS_AT_ONCE:
+        at_once *= 2
+    # A masked word is 0 or its plane's power of two, exact in float32; plane 15 is the sign.
+    weights = (1 << _shifts(planes.device)).unsqueeze(3)  # [16, 1, 1, 1]
+    masked = words.new_empty((at_once, *words.shape))
+    values = torch.empty_like(masked, dtype=query.dtype)
+    sums = query.new_empty((NUM_PLANES, words.shape[0], num_queries, words.shape[1]))
+    for first in range(0, NUM_PLANES, at_once):
+        part = slice(first, first + at_once)
+        torch.bitwise_and(words, weights[part], out=masked)
         values.copy_(masked)
-        if not is_shared:
-            operand = operands[:, plane]
-        torch.bmm(operand, values.transpose(1, 2), out=sums[plane])
-        sums[plane].mul_(1.0 / weight)
+        torch.bmm(
+            operands[part].flatten(0, 1), values.flatten(0, 1).mT, out=sums[part].flatten(0, 1)
+        )
+    sums.mul_(1.0 / weights)
     if is_shared:
         sums = sums.view(NUM_PLANES, batch_size, num_heads, num_queries, tiles, rows)
         sums = sums.permute(1, 2, 3, 4, 0, 5)
