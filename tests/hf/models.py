@@ -94,12 +94,13 @@ _FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }
 
 FAMILIES = tuple(name for name in _FAMILIES if name != "mistral_sliding")
-# Each with the base implementations it has: GPT-OSS has no SDPA, for its attention sinks.
+# Each with the base implementations it has: GPT-OSS has no SDPA, for its attention sinks, nor has
+# Gemma 2 in newer releases of transformers, for its softcapping.
 FAMILIES_AND_BASES = tuple(
     (family, base)
     for family in FAMILIES
     for base in ("sdpa", "eager")
-    if (family, base) != ("gpt_oss", "sdpa")
+    if base == "eager" or _FAMILIES[family][1]._supports_sdpa
 )
 
 

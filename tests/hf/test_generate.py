@@ -229,16 +229,16 @@ def test_a_decoding_loop_that_widens_and_narrows_the_batch_agrees(family: str) -
     )
 
 
-@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "base"), [("gemma3", "sdpa"), ("gemma2", "eager")])
 @pytest.mark.parametrize("per_query_head", [False, True])
 @pytest.mark.parametrize("dense_layers", [0, 2])
 @pytest.mark.parametrize(("index", "bits"), [("rotated", 1), ("rotated", 2), ("fier", 1)])
 def test_every_setting_agrees(
-    index: str, bits: int, dense_layers: int, per_query_head: bool, base: str
+    index: str, bits: int, dense_layers: int, per_query_head: bool, family: str, base: str
 ) -> None:
     inputs = left_padded(140, (0, 33))
     assert_agrees(
-        lambda: tiny_model("gemma2", base),
+        lambda: tiny_model(family, base),
         lambda model: generate(model, **inputs, max_new_tokens=6),
         index=index,
         bits=bits,
