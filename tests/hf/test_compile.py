@@ -184,6 +184,16 @@ def test_a_static_cache_keeps_its_buffers_where_they_are() -> None:
         assert addresses() == before
 
 
+def test_a_length_read_from_a_static_cache_stays_as_it_was_read() -> None:
+    model = two_layers("llama")
+    with fierpatch.apply(model, budget=24, compile=True) as handle, torch.no_grad():
+        cache = handle.new_cache(100)
+        model(prompt(40), past_key_values=cache)
+        length = cache.get_seq_length()
+        model(prompt(1), past_key_values=cache)
+        assert (length, cache.get_seq_length()) == (40, 41)
+
+
 def test_a_full_static_cache_says_so() -> None:
     model = two_layers("llama")
     with fierpatch.apply(model, budget=24, compile=True, dense_layers=1) as handle, torch.no_grad():
