@@ -16,6 +16,7 @@ from fierpatch.errors import ConfigError, FierError, NotYetSupportedError
 from fierpatch.hf import attention, support
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.generation import prepare_cache
+from fierpatch.hf.pool import StaticPool
 from fierpatch.report import Report, report
 
 _HANDLE = "_fierpatch_handle"
@@ -88,7 +89,8 @@ def current_handle(model: Any) -> Handle | None:
 class Handle:
     """One patch on one model; returned by `apply`.
 
-    Use as a context manager to remove the patch at the end of a block.
+    Use as a context manager to remove the patch at the end of a block. The static cache of a
+    `generate` stays with the handle for the next one, until the patch is removed or disabled.
     """
 
     def __init__(self, model: Any, config: FierConfig) -> None:
@@ -99,7 +101,8 @@ class Handle:
         self._bases: list[tuple[Any, Any]] = []
         self._stashed: dict[str, Any] = {}
         self._facts: dict[int, LayerFacts] = {}
-        self._unregister: weakref.finalize[..., Any] | None = None
+        self._pool = StaticPool()
+        self._clear: weakref.finalize[..., Any] | None = None
         self._is_disabled = False
 
     def __repr__(self) -> str:
@@ -224,17 +227,18 @@ class Handle:
             if config._attn_implementation_internal == name:
                 config._attn_implementation_internal = base
         self._bases, self._stashed = [], {}
-        if self._unregister is not None:
-            self._unregister()
+        if self._clear is not None:
+            self._clear()
 
     def _register(self, base: str) -> None:
         # transformers reads meaning into names with "flash" or "/" in them.
         safe = base.replace("flash_attention_", "fa")
         self._name = f"fier|{safe}|{uuid4().hex[:12]}"
         attention.register(self._name, base, self.config.max_query_length)
-        # A model deleted while patched must not leave its functions in the registries.
-        self._unregister = weakref.finalize(self.model, attention.unregister, self._name)
-        self._unregister.atexit = False
+        # A model deleted while patched must not leave its functions in the registries, nor its
+        # keys and values with whoever keeps the handle.
+        self._clear = weakref.finalize(self.model, _clear, self._name, self._pool)
+        self._clear.atexit = False
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Never:
         """Stands in for the entry to ``generate_batch``, which pages K and V its own way."""
@@ -261,6 +265,7 @@ class Handle:
         cache = prepare_cache(
             self.model,
             self.config,
+            self._pool,
             generation_config,
             model_kwargs,
             generation_mode,
@@ -269,3 +274,9 @@ class Handle:
         )
         if cache is not None:
             self._facts = cache.facts
+
+
+def _clear(name: str, pool: StaticPool) -> None:
+    """All that a patch leaves outside its model."""
+    attention.unregister(name)
+    pool.drop()

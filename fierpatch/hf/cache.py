@@ -98,6 +98,10 @@ class FierLayer(CacheLayerMixin):
             self.dtype, self.device = self.store.keys.dtype, self.store.keys.device
 
 
+class Lease:
+    """Held by a cache over pooled layers: they are in use for as long as it lives."""
+
+
 class FierCache(Cache):
     """A cache whose plain full-attention layers carry a key index.
 
@@ -130,6 +134,7 @@ class FierCache(Cache):
                 "shorten the prompt or generate fewer tokens"
             )
         self.settings = settings
+        self.lease: Lease | None = None  # a shallow copy of the cache shares it, as the layers
         self.model_type = text_config.model_type
         capacity = -(-max(max_cache_len, 1) // 512) * 512
         template: Cache

@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError, PositionLimitError
 from fierpatch.hf.cache import FierCache
+from fierpatch.hf.pool import Demand, StaticPool
 from fierpatch.hf.support import max_positions
 
 _GROWING = (None, "dynamic", "offloaded")
@@ -18,6 +19,7 @@ _STATIC = ("static", "offloaded_static")
 def prepare_cache(
     model: Any,
     settings: FierConfig,
+    pool: StaticPool,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -27,8 +29,8 @@ def prepare_cache(
     """Put a `FierCache` into `model_kwargs` where stock generate would put its default cache.
 
     The standard names keep their meaning: ``cache_implementation`` None and ``"dynamic"`` grow,
-    ``"static"`` compiles, ``"offloaded"`` offloads. A cache that the caller passes is
-    used as it is.
+    ``"static"`` compiles, ``"offloaded"`` offloads. Static layers come from `pool`, which has
+    those of the run before where they fit. A cache that the caller passes is used as it is.
 
     Returns:
         The `FierCache` that generate will use, or None where it uses none.
@@ -64,25 +66,29 @@ def prepare_cache(
         compile=settings.compile or implementation in _STATIC,
         offload=settings.offload or "offloaded" in (implementation or ""),
     )
-    if settings.compile:
-        capacity = max(max_cache_length, generation_config.max_cache_len or 0)
-    else:
-        capacity = 0  # the first prompt decides, and buckets follow
-    cache = FierCache(model.config, settings, max_cache_len=capacity)
-    if settings.compile and generation_config.prefill_chunk_size is not None:
-        # generate compiles the chunks too, and a graph cannot allocate what outlives it.
-        shape = model._get_static_cache_init_shape()
-        if shape is not None:
-            num_kv_heads, head_dim = shape
-            cache.early_initialization(
-                rows, num_kv_heads, head_dim, dtype=model.dtype, device=model.device
-            )
     is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+    cache = FierCache(model.config, settings)  # grows: the first prompt decides the capacity
     if is_assisted and settings.compile and not cache.is_croppable:
         raise ConfigError(
             "assisted decoding takes rejected tokens back, which transformers' static sliding "
             "layers cannot: generate without a static cache (compile=False)"
         )
+    if settings.compile:
+        num_tokens = max(max_cache_length, generation_config.max_cache_len or 0)
+        # After everything that can fail: until then reports still read the run before.
+        cache = pool.lend(
+            Demand.of(model, settings, rows),
+            num_tokens,
+            lambda length: FierCache(model.config, settings, max_cache_len=length),
+        )
+        if generation_config.prefill_chunk_size is not None:
+            # generate compiles the chunks too, and a graph cannot allocate what outlives it.
+            shape = model._get_static_cache_init_shape()
+            if shape is not None:
+                num_kv_heads, head_dim = shape
+                cache.early_initialization(
+                    rows, num_kv_heads, head_dim, dtype=model.dtype, device=model.device
+                )
     if generation_config.is_assistant:
         cache.activate_past_recording()  # type: ignore[no-untyped-call]
     model_kwargs["past_key_values"] = cache

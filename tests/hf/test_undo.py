@@ -398,7 +398,7 @@ class TestMemory:
         assert registered() == before
 
     @pytest.mark.parametrize("family", KINDS)
-    @pytest.mark.parametrize("config", SETTINGS, ids=["rotated", "fier", "static"])
+    @pytest.mark.parametrize("config", SETTINGS[:2], ids=["rotated", "fier"])
     def test_keys_and_values_are_freed_when_generate_returns(
         self, family: str, config: FierConfig
     ) -> None:
@@ -418,12 +418,27 @@ class TestMemory:
             keys = weakref.ref(output.past_key_values.stores[1].keys)
             assert keys() is not None
             del output
-            assert keys() is None
+            # Static layers stay for the next run, which finds them at the same addresses.
+            assert (keys() is None) is not config.compile
             cache = handle.new_cache()
             generate(model, past_key_values=cache)
             keys = weakref.ref(cache.stores[1].keys)
             del cache
             assert keys() is None
+
+    @pytest.mark.parametrize("family", KINDS)
+    def test_static_keys_and_values_are_those_of_one_run_until_the_patch_goes(
+        self, family: str
+    ) -> None:
+        model = small(family)
+        with fierpatch.apply(model, SETTINGS[2]) as handle:
+            generate(model)
+            num_layers = len(layer_caches())
+            generate(model)
+            generate(model, num_beams=2)
+            assert len(layer_caches()) == num_layers
+        assert layer_caches() == []
+        assert handle.report().kv_bytes > 0  # numbers outlive the tensors
 
     def test_keys_and_values_are_freed_after_an_exception(self) -> None:
         model = small("llama")
