@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NOT_BENCHES = {"__init__", "__main__", "prompts", "rows"}
+NOT_BENCHES = {"__init__", "__main__", "peers", "prompts", "rows", "synthetic", "timing", "ways"}
 
 
 def main() -> int:

@@ -1,171 +1,249 @@
-"""What does one decode step cost, patched and not, and where does the time go?
+"""What does one layer's decode step cost, and its stages, against dense attention?
 
-The peer is the same model unpatched (SDPA, DynamicCache) in the same process, steps of both taken
-in turn. Caches are filled with random keys and values, so a long context costs no prefill. Stages
-are timed on one layer of the patched model and multiplied by its number of sparse layers.
+A layer of the shape of Llama 3.1 8B with random keys. The peers are torch's dense attentions in the
+same run and the time that the memory needs to deliver K and V. Times are replays of a CUDA graph
+with a cold L2, so launches by the host are not in them; on a CPU they are plain calls. The layer
+holds 64 tokens more than the dense peers read, so that an append finds a group half full.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import fierpatch
-from bench.rows import save, table
-from fierpatch import reference
+from bench.peers import dense, pieces
+from bench.rows import reason, save, table
+from bench.synthetic import CALIBRATION_WINDOW
+from bench.timing import copy_bandwidth, replays, summary
+from fierpatch import FierConfig
 from fierpatch.cache import LayerCache
-from fierpatch.evaluate import smollm2
-from fierpatch.hf.checkpoints import load
-from fierpatch.select import attention_weights, select_tokens
+
+EXTRA = 64  # tokens decoded after the prompt
+CROSSOVER_LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: batch, tokens in its cache, heads and head dimension, and where it is."""
+
+    batch: int
+    context: int
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    device: str = "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    def random(self, num_heads: int, length: int) -> Tensor:
+        shape = (self.batch, num_heads, length, self.head_dim)
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
 
 
 def main(arguments: list[str]) -> None:
     """Run the benchmark and print the rows."""
     parser = argparse.ArgumentParser(prog="python -m bench decode", description=__doc__)
-    parser.add_argument("--model", help="id, path, or llama-8b for its shape; SmolLM2")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--context", type=int, nargs="+", default=[2048, 4096, 8000])
-    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=["1x8192", "1x32768", "1x131072", "8x32768"],
+        help="batch x context; 1x1048576 for a million tokens",
+    )
+    parser.add_argument("--crossover", action="store_true", help="2K to 32K, and where we are even")
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles slowly")
+    parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--index", default="rotated")
     parser.add_argument("--bits", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--backend", help="triton, or auto on a CPU")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--output", type=Path, help="the file of rows")
     options = parser.parse_args(arguments)
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    if options.model == "llama-8b":
-        model = random_llama_8b(options.device)
-    else:
-        model, _ = load(options.model or smollm2.fetch(), dtype=dtype, device=options.device)
-    rows = []
-    with torch.inference_mode():
-        for context in options.context:
-            settings = {"budget": options.budget, "index": options.index, "bits": options.bits}
-            rows += measure(model, context, options.steps, settings)
-    columns = ["what", "context", "ms", "ms_p20", "ms_p80", "ratio"]
-    print(table(rows, columns))
-    print("saved", save("decode", options.device, rows))
-
-
-def random_llama_8b(device: str) -> Any:
-    """A model of the shape of Llama 3.1 8B with random weights, in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=1 << 20,
+    is_cpu = options.device == "cpu"
+    settings = FierConfig(
+        budget=options.budget,
+        index=options.index,
+        bits=options.bits,
+        compile=True,
+        backend=options.backend or ("auto" if is_cpu else "triton"),
     )
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    sizes = [(int(b), int(s)) for b, s in (text.split("x") for text in options.case)]
+    if options.crossover:
+        sizes = [(1, length) for length in CROSSOVER_LENGTHS]
+    bandwidth = copy_bandwidth(options.device, 1 << (26 if is_cpu else 30))
+    rows = [timer_row(options.device, options.repeats) | {"copy_gb_s": bandwidth / 1e9}]
+    for batch, context in sizes:
+        case = Case(batch, context, device=options.device)
+        with torch.no_grad():
+            measured = measure(case, settings, bandwidth, options.repeats, with_flex=options.flex)
+        print(table(measured, ["what", "batch", "context", "us", "us_p20", "us_p80", "ratio"]))
+        for row in measured:
+            if "reason" in row:
+                print(f"not measured: {row['what']}: {row['reason']}")
+        rows += measured
+        # After each case, so that a run cut short keeps what it has.
+        path = save("decode", options.device, rows, options.output)
+        if not is_cpu:
+            torch.cuda.empty_cache()
+    if options.crossover:
+        rows.append({"what": "crossover", "batch": 1, **crossover(rows)})
+        print("as fast as the best dense peer:", rows[-1]["reason"])
+        path = save("decode", options.device, rows, options.output)
+    print(f"copy {bandwidth / 1e9:.0f} GB/s; an empty graph {rows[0].get('us', 0.0):.2f} us")
+    print("saved", path)
 
 
-def measure(model: Any, context: int, steps: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one context length: whole steps of both, then the stages of one layer."""
-    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    handle = fierpatch.apply(model, **settings)
-    patched_cache = handle.new_cache()
-    fill(model, patched_cache, context)
-    stock_cache = DynamicCache(config=model.config)
-    fill(model, stock_cache, context)
-    short_cache = DynamicCache(config=model.config)
-    fill(model, short_cache, 64)
+def measure(
+    case: Case, settings: FierConfig, bandwidth: float, repeats: int, *, with_flex: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of one case; `bandwidth` in bytes a second."""
+    torch.manual_seed(0)
+    query = case.random(case.num_heads, 1)
+    keys, values = (case.random(case.num_kv_heads, case.context) for _ in range(2))
+    nbytes = 2 * keys.numel() * keys.element_size()
+    rows: list[dict[str, Any]] = [{"what": "dense floor", "us": nbytes / bandwidth * 1e6}]
 
-    def patched() -> None:
-        model(token, past_key_values=patched_cache)
+    def clock(
+        functions: dict[str, Callable[[], object]], before: Callable[[], object] = lambda: None
+    ) -> list[dict[str, Any]]:
+        return [
+            {"what": name, **attempt(function, case.device, repeats, before)}
+            for name, function in functions.items()
+        ]
 
-    def stock() -> None:
-        with handle.disabled():
-            model(token, past_key_values=stock_cache)
-
-    def short() -> None:
-        with handle.disabled():
-            model(token, past_key_values=short_cache)
-
-    times = interleaved({"stock": stock, "patched": patched, "stock, 64 tokens": short}, steps)
-    stores = [s for s in patched_cache.stores.values() if not s.is_dense]
-    for name, stage in stages(model, stores[0]).items():
-        samples = interleaved({name: stage}, steps)[name]
-        times[f"  {name} x {len(stores)}"] = [sample * len(stores) for sample in samples]
-    handle.remove()
-    base = statistics.median(times["stock"])
-    return [
-        {
-            "what": name,
-            "context": context,
-            "ms": statistics.median(samples),
-            "ms_p20": sorted(samples)[len(samples) // 5],
-            "ms_p80": sorted(samples)[len(samples) * 4 // 5],
-            "ratio": statistics.median(samples) / base,
-            "model": f"{model.config.model_type} {model.num_parameters() / 1e6:.0f}M",
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **settings,
-        }
-        for name, samples in times.items()
-    ]
-
-
-def fill(model: Any, cache: Any, length: int) -> None:
-    """Random keys and values in every layer, and the index of our layers calibrated and built."""
-    config, generator = model.config, torch.Generator(model.device).manual_seed(0)
-    head_dim = config.hidden_size // config.num_attention_heads
-    for number in range(config.num_hidden_layers):
-        shape = (1, config.num_key_value_heads, length, head_dim)
-        key, value = (
-            torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device)
-            for _ in range(2)
-        )
-        cache.update(key, value, number)
-        store = getattr(cache.layers[number], "store", None)
-        if store is not None and not store.is_dense:
-            store.index_prompt(key.repeat_interleave(config.num_attention_heads // shape[1], 1))
-
-
-def stages(model: Any, store: LayerCache) -> dict[str, Callable[[], object]]:
-    """The stages of one sparse layer as functions without arguments."""
-    assert store.index is not None
-    keys, values, index = store.keys, store.values, store.index
-    length, head_dim, settings = store.num_tokens, keys.shape[3], store.config
-    num_heads, scale = model.config.num_attention_heads, head_dim**-0.5
-    query = torch.randn(1, num_heads, 1, head_dim, dtype=keys.dtype, device=keys.device)
-    scores = reference.index_scores(index, store.state, query, length)
-    weights = attention_weights(scores, num_kv_heads=keys.shape[1], scale=scale)
-    limits = {"budget": settings.budget, "sinks": settings.sinks, "recent": settings.recent}
-    chosen = select_tokens(weights, **limits)
-
-    def softmax_mean() -> Tensor:
-        return attention_weights(scores, num_kv_heads=keys.shape[1], scale=scale)
-
-    return {
-        "append": lambda: index.append(store.state, keys, length - 1, length),
-        "scores": lambda: reference.index_scores(index, store.state, query, length),
-        "softmax mean": softmax_mean,
-        "select": lambda: select_tokens(weights, **limits),
-        "attend": lambda: reference.gather_attention(query, keys, values, chosen, scale=scale),
+    dense_rows = clock(dense(query, keys, values, with_flex=with_flex))
+    rows += dense_rows + clock(pieces(keys, values, min(settings.budget, case.context)))
+    try:
+        layer = filled_layer(case, settings, keys, values)
+        saved = layer.counters.clone()
+        back = lambda: layer.counters.copy_(saved)  # noqa: E731  # appends move it on
+        rows += clock(whole(layer, query), back)
+        for row in clock(stages(layer, query), back):
+            rows.append(row | {"what": f"  {row['what']}"})
+        held = {"index_mib": layer.facts.index_nbytes / 2**20}
+    except Exception as error:
+        # The peers' rows are worth keeping whatever ours does.
+        rows.append({"what": "ours", "reason": reason(error)})
+        held = {}
+    best = min((row["us"] for row in dense_rows if "us" in row), default=None)
+    for row in rows:
+        if best is not None and "us" in row:
+            row["ratio"] = row["us"] / best
+    shared = {
+        "batch": case.batch,
+        "context": case.context,
+        "num_heads": case.num_heads,
+        "num_kv_heads": case.num_kv_heads,
+        "head_dim": case.head_dim,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "budget": settings.budget,
+        "index": settings.index,
+        "bits": settings.bits,
+        "backend": settings.backend,
+        "repeats": repeats,
+        "kv_mib": nbytes / 2**20,
+        **held,
     }
+    return [row | shared for row in rows]
 
 
-def interleaved(functions: dict[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, the functions taken in turn after three warm-up rounds."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for step in range(steps + 3):
-        for name, function in functions.items():
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
-            if step >= 3:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
+def attempt(
+    function: Callable[[], object],
+    device: str,
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Microseconds, or the reason why there are none."""
+    try:
+        return summary(replays(function, device=device, count=repeats, before=before), "us")
+    except Exception as error:
+        return {"reason": reason(error)}
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timer_row(device: str, repeats: int) -> dict[str, Any]:
+    """What the timer itself adds: a graph of one addition."""
+    number = torch.zeros(1, device=device)
+    return {"what": "empty graph", **attempt(lambda: number.add_(1), device, repeats)}
+
+
+def crossover(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where "total" falls to the best dense peer, interpolated between the measured lengths."""
+    points = sorted((row["context"], row["ratio"]) for row in rows if row["what"] == "total")
+    for (short, above), (long, below) in pairwise(points):
+        if above >= 1 > below:
+            context = round(short + (long - short) * (above - 1) / (above - below))
+            return {"context": context, "reason": f"from {context} tokens on"}
+    if not points:
+        return {"context": None, "reason": "nothing measured"}
+    if points[0][1] < 1:
+        return {"context": None, "reason": f"at {points[0][0]} tokens already"}
+    return {"context": None, "reason": f"not up to {points[-1][0]} tokens"}
+
+
+def filled_layer(case: Case, settings: FierConfig, keys: Tensor, values: Tensor) -> LayerCache:
+    """A static layer that holds a prompt of these keys and `EXTRA` tokens decoded after it."""
+    layer = LayerCache(settings, capacity=case.context + EXTRA + 1, is_static=True)
+    layer.update(keys, values)
+    layer.index_prompt(case.random(case.num_heads, min(case.context, CALIBRATION_WINDOW)))
+    for _ in range(EXTRA // settings.max_query_length):
+        key, value = (case.random(case.num_kv_heads, settings.max_query_length) for _ in range(2))
+        layer.update(key, value)
+    return layer
+
+
+def whole(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
+    """A decode step of the layer and its two calls, as functions without arguments."""
+    shape = (query.shape[0], layer.keys.shape[1], 1, query.shape[3])
+    key, value = (torch.randn(shape, dtype=query.dtype, device=query.device) for _ in range(2))
+    scale = query.shape[3] ** -0.5
+
+    def append() -> None:
+        layer.update(key, value)
+
+    def attend() -> Tensor:
+        return layer.attend(query, visible=None, scale=scale)
+
+    def total() -> Tensor:
+        append()
+        return attend()
+
+    return {"append": append, "attend": attend, "total": total}
+
+
+def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
+    """The stages of `LayerCache.attend`, as functions without arguments."""
+    config, scale = layer.config, query.shape[3] ** -0.5
+
+    def retrieve() -> Tensor:
+        return torch.ops.fierpatch.retrieve.default(
+            query,
+            layer.state,
+            layer.counters,
+            None,
+            None,
+            *layer.index_arguments,
+            config.budget,
+            config.sinks,
+            config.recent,
+            config.per_query_head,
+            scale,
+            0.0,
+        )
+
+    token_indices = retrieve()
+
+    def attend_to_rows() -> Tensor:
+        return torch.ops.fierpatch.attend.default(
+            query, layer.keys, layer.values, token_indices, None, scale, 0.0
+        )
+
+    return {"retrieve": retrieve, "attend to rows": attend_to_rows}

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +31,43 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def save(name: str, device: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
-    """Write the rows of one run as JSON lines, each with the environment, and return the file."""
+def save(
+    name: str,
+    device: str,
+    rows: list[dict[str, Any]],
+    path: Path | None = None,
+    *,
+    kept: Iterable[dict[str, Any]] = (),
+) -> Path:
+    """Write the rows of one run as JSON lines, each with the environment, and return the file.
+
+    Rows of an earlier run, as `read` gave them, go in front unchanged if they are `kept`.
+    """
     path = path or RESULTS / f"{name}-{device}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = environment(device)
-    path.write_text("".join(json.dumps({"bench": name, **row, **shared}) + "\n" for row in rows))
+    lines = [*kept, *({"bench": name, **row, **shared} for row in rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `save` wrote; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line, with the one that it hides, for a row that has no figure."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    parts = []
+    for part in dict.fromkeys((error, first)):
+        lines = str(part).strip().splitlines() or [""]
+        parts.append(f"{type(part).__name__}: {lines[0][:200]}")
+    return "; after ".join(parts)
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -1,0 +1,233 @@
+"""The benches measure what they say, at sizes a CPU can wait for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import fierpatch
+from fierpatch import FierConfig
+from fierpatch.patching import current_handle
+
+pytest.importorskip("bench", reason="the benches are in the checkout alone: python -m pytest")
+
+from bench import decode, generate, plot, prefill_index, ways
+from bench.peers import dense
+from bench.rows import read, save, table
+from bench.synthetic import fill, random_llama
+from bench.timing import copy_bandwidth, interleaved, queued, replays, summary
+
+SETTINGS: dict[str, Any] = {"budget": 40, "dense_layers": 1}
+CASE = decode.Case(2, 600, num_heads=4, num_kv_heads=2, head_dim=32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return random_llama("llama-tiny", "cpu", 2)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def check_times(row: dict[str, Any], unit: str) -> None:
+    assert "reason" not in row, row
+    assert 0 < row[f"{unit}_p20"] <= row[unit] <= row[f"{unit}_p80"]
+    assert math.isfinite(row[unit])
+
+
+def test_a_timer_calls_the_function_before_it_counts_and_returns_as_many_samples_as_asked() -> None:
+    calls: list[str] = []
+    samples = replays(
+        lambda: calls.append("timed"), device="cpu", count=5, before=lambda: calls.append("before")
+    )
+    assert len(samples) == 5
+    assert calls == ["before", "timed"] * (len(calls) // 2)
+    assert len(queued(lambda: None, device="cpu", count=4)) == 4
+    both = interleaved({"a": lambda: None, "b": lambda: None}, device="cpu", count=3)
+    assert {name: len(times) for name, times in both.items()} == {"a": 3, "b": 3}
+
+
+def test_a_summary_holds_the_median_and_both_percentiles() -> None:
+    assert summary([5.0, 1.0, 2.0, 4.0, 3.0], "us") == {"us": 3.0, "us_p20": 2.0, "us_p80": 5.0}
+
+
+def test_copy_bandwidth_is_positive() -> None:
+    assert copy_bandwidth("cpu", nbytes=1 << 16, count=3) > 0
+
+
+def test_rows_kept_from_an_earlier_run_stay_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    assert read(path) == []
+    save("first", "cpu", [{"what": "a", "ms": 1.0}], path)
+    kept = read(path)
+    save("second", "cpu", [{"what": "b"}], path, kept=kept)
+    rows = read(path)
+    assert rows[0] == kept[0]
+    assert (rows[1]["bench"], rows[1]["what"]) == ("second", "b")
+    assert {"device", "torch", "transformers", "commit", "command", "date"} <= set(rows[1])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # why torch refuses cuDNN on this device
+def test_a_layer_is_measured_against_its_peers_and_a_refused_peer_gives_a_reason() -> None:
+    settings = FierConfig(budget=40, compile=True)
+    rows = decode.measure(CASE, settings, bandwidth=1e10, repeats=2)
+    by_name = {row["what"]: row for row in rows}
+    expected = ["SDPA", "torch.topk float32", "torch.gather K, V", "append", "attend", "total"]
+    for name in [*expected, "  retrieve", "  attend to rows"]:
+        check_times(by_name[name], "us")
+        assert by_name[name]["ratio"] > 0
+        assert by_name[name]["context"] == 600
+    # 2 rows x 2 heads x 600 tokens x 32 channels x 4 bytes, K and V, at 10 GB/s
+    assert by_name["dense floor"]["us"] == pytest.approx(2 * 2 * 2 * 600 * 32 * 4 / 1e10 * 1e6)
+    assert by_name["SDPA cuDNN"]["reason"].startswith("RuntimeError")
+    json.dumps(rows)
+    assert "total" in table(rows, ["what", "us", "ratio"])
+
+
+def test_a_layer_that_cannot_be_built_costs_no_peer_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(decode, "filled_layer", refuse)
+    rows = decode.measure(CASE, FierConfig(budget=40, compile=True), bandwidth=1e10, repeats=1)
+    assert rows[-1]["reason"] == "RuntimeError: out of memory"
+    check_times(rows[1], "us")
+
+
+def test_the_dense_peers_compute_the_same() -> None:
+    query, keys, values = CASE.random(4, 1), CASE.random(2, 600), CASE.random(2, 600)
+    peers = dense(query, keys, values, with_flex=False)
+    exact = peers["SDPA"]()
+    assert isinstance(exact, torch.Tensor)
+    torch.testing.assert_close(peers["SDPA FlashAttention"](), exact)
+
+
+def test_a_filled_layer_has_tokens_beyond_its_prompt_and_room_for_one_more() -> None:
+    layer = decode.filled_layer(
+        CASE, FierConfig(budget=40, compile=True), CASE.random(2, 600), CASE.random(2, 600)
+    )
+    assert layer.num_tokens == 600 + decode.EXTRA
+    assert int(layer.counters[1]) == layer.num_tokens
+    assert layer.capacity > layer.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("ratios", "context"),
+    [
+        ({2048: 1.5, 4096: 0.5}, 3072),
+        ({2048: 0.9, 4096: 0.5}, None),
+        ({2048: 3.0, 4096: 1.5}, None),
+        ({}, None),
+    ],
+    ids=["between", "always faster", "never faster", "nothing measured"],
+)
+def test_the_crossover_is_interpolated_or_said_to_be_outside(
+    ratios: dict[int, float], context: int | None
+) -> None:
+    rows = [{"what": "total", "context": c, "ratio": ratio} for c, ratio in ratios.items()]
+    assert decode.crossover(rows)["context"] == context
+    assert decode.crossover(rows)["reason"]
+
+
+@pytest.mark.parametrize("name", [name for name in ways.WAYS if name != "stock-offloaded"])
+def test_every_way_to_decode_gives_a_row(name: str, model: Any) -> None:
+    plan = ways.Plan(context=64, steps=24, settings=SETTINGS, compiler="eager")
+    row = ways.measure(model, name, plan)
+    assert row["ms"] > 0, row
+    assert (row["what"], row["context"]) == (name, 64)
+    assert current_handle(model) is None
+    assert "_compiled_call" not in model.__dict__
+
+
+@pytest.mark.parametrize("is_patched", [False, True], ids=["stock", "patched"])
+def test_generate_feeds_one_token_to_a_filled_static_cache(is_patched: bool, model: Any) -> None:
+    plan = ways.Plan(context=64, steps=4, settings=SETTINGS, compiler="eager")
+    fed: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        with fierpatch.apply(model, **SETTINGS, compile=True) as handle:
+            if is_patched:
+                cache = handle.new_cache(max_cache_len=plan.capacity)
+                fill(model, cache, 64)
+                ways.seconds_of_generate(model, cache, 3, plan)
+        if not is_patched:
+            cache = StaticCache(config=model.config, max_cache_len=plan.capacity)
+            fill(model, cache, 64)
+            ways.seconds_of_generate(model, cache, 3, plan)
+    finally:
+        hook.remove()
+        ways.release(model)
+    # The first new token comes of the one id that the cache did not hold.
+    assert int(cache.get_seq_length()) == 64 + 3
+    assert set(fed) == {1}
+
+
+def test_a_way_that_fails_leaves_a_reason_and_no_patch(
+    monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    def fail(*args: Any) -> list[float]:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(ways, "fill", fail)
+    row = ways.measure(model, "patched", ways.Plan(64, 2, SETTINGS))
+    assert row["reason"] == "OutOfMemoryError: no memory"
+    assert current_handle(model) is None
+
+
+def test_steps_in_turn_have_stages_and_ratios(model: Any) -> None:
+    rows = generate.with_ratios(generate.in_turn(model, 96, 2, SETTINGS))
+    names = [row["what"] for row in rows]
+    assert names[:3] == ["stock", "patched", "stock, 64 tokens"]
+    assert "  select x 1" in names
+    for row in rows:
+        check_times(row, "ms")
+        assert row["ratio"] > 0
+    assert rows[0]["ratio"] == 1
+
+
+def test_the_command_saves_after_each_way_and_keeps_other_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    command = ["--model", "llama-tiny", "--layers", "2", "--steps", "2", "--budget", "40"]
+    command += ["--context", "64", "--output", str(path)]
+    generate.main([*command, "--only", "stock-dynamic"])
+    generate.main([*command, "--keep", "--only", "patched"])
+    assert [row["what"] for row in read(path)] == ["stock-dynamic", "patched"]
+    assert "saved" in capsys.readouterr().out
+
+
+def test_a_prefill_is_measured_with_the_index_and_without(model: Any) -> None:
+    ids = torch.ones(1, 128, dtype=torch.long)
+    stock, patched = prefill_index.measure(model, ids, 2, {"index": "rotated", "dense_layers": 1})
+    for row in (stock, patched):
+        check_times(row, "ms")
+    assert (stock["ratio"], patched["context"]) == (1, 128)
+
+
+def test_a_curve_leaves_out_stages_and_what_was_not_measured() -> None:
+    rows = [
+        {"what": "patched", "context": 128, "ms": 2.0},
+        {"what": "patched", "context": 64, "ms": 1.0},
+        {"what": "  select x 30", "context": 64, "ms": 1.0},
+        {"what": "stock", "context": 64, "reason": "refused"},
+    ]
+    assert plot.curves(rows) == {"patched": [(64, 1.0), (128, 2.0)]}
+
+
+def test_a_plot_without_rows_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="bench generate"):
+        plot.main(["--input", str(tmp_path / "none.jsonl")])
