@@ -12,8 +12,8 @@ from typing import Any
 from fierpatch.errors import ConfigError, NotYetSupportedError
 
 INDEXES = ("rotated", "fier")
-BACKENDS = ("auto", "reference")
-PLANNED_BACKENDS = ("triton", "flex")
+BACKENDS = ("auto", "triton", "reference")
+PLANNED_BACKENDS = ("flex",)
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
 _MOST = (1 << 63) - 1
 
@@ -40,7 +40,8 @@ class FierConfig:
         compile: build static caches, so that decode compiles into one graph.
             ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
         offload: keep K and V in host memory. Planned; True raises `NotYetSupportedError`.
-        backend: which implementation of the operators runs: ``"auto"`` or ``"reference"``.
+        backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
+            ``"reference"`` (plain PyTorch, anywhere) or ``"auto"``: Triton where it can run.
         seed: seed of the rotation's random signs.
 
     Raises:
@@ -106,7 +107,7 @@ class FierConfig:
         if self.backend in PLANNED_BACKENDS:
             raise NotYetSupportedError(
                 f'backend="{self.backend}" is planned but not available in this version: use '
-                '"auto" or "reference"'
+                '"auto", "triton" or "reference"'
             )
         _check_choice("backend", self.backend, BACKENDS)
 

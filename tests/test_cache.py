@@ -198,7 +198,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def counts_what_it_stored_and_indexed(self) -> None:
         assert self.layer.num_tokens == self.stored
-        assert self.layer.counters.tolist() == [self.stored, self.indexed, self.calibrated]
+        assert self.layer.counters.tolist() == [self.stored, self.indexed, self.calibrated, 0]
         assert self.layer.facts.counters is self.layer.counters
 
     @precondition(lambda self: self.layer.is_allocated)

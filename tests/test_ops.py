@@ -183,7 +183,7 @@ class Layer:
         self.keys = torch.zeros(*self.lead, CAPACITY, index.head_dim)
         self.values = torch.zeros(*self.lead, CAPACITY, 5)
         self.state = index.allocate(*self.lead, CAPACITY, self.keys.device)
-        self.counters = torch.zeros(3, dtype=torch.int64)
+        self.counters = torch.zeros(4, dtype=torch.int64)
 
     def rows(self, count: int, head_dim: int | None = None) -> Tensor:
         shape = (*self.lead, count, head_dim or self.index.head_dim)
@@ -269,24 +269,24 @@ def test_tokens_go_where_the_last_ones_ended() -> None:
     assert torch.equal(layer.keys[:, :, :7], key)
     assert torch.equal(layer.values[:, :, :7], value)
     assert (layer.keys[:, :, 7:] == 0).all()
-    assert layer.counters.tolist() == [7, 7, 0]
+    assert layer.counters.tolist() == [7, 7, 0, 0]
 
 
 def test_a_prompt_is_stored_but_not_indexed_until_asked() -> None:
     layer = make_layer(RotatedIndex(8))
     empty = [tensor.clone() for tensor in layer.state]
     layer.append(300, is_prompt=True)
-    assert layer.counters.tolist() == [300, 0, 0]
+    assert layer.counters.tolist() == [300, 0, 0, 0]
     assert_equal_states(layer.state, empty)
     layer.index_prompt(300)
-    assert layer.counters.tolist() == [300, 300, 300]
+    assert layer.counters.tolist() == [300, 300, 300, 0]
 
 
 def test_short_tokens_after_an_unindexed_prompt_index_it_too() -> None:
     layer = make_layer(RotatedIndex(8))
     layer.append(300, is_prompt=True)
     layer.append(1)
-    assert layer.counters.tolist() == [301, 301, 0]
+    assert layer.counters.tolist() == [301, 301, 0, 0]
     assert_same(held(layer.index, layer.state, 301), held(layer.index, layer.fresh(301), 301))
 
 
@@ -294,7 +294,7 @@ def test_a_layer_without_an_index_only_stores() -> None:
     layer = make_layer(RotatedIndex(8))
     layer.state = []
     layer.append(5)
-    assert layer.counters.tolist() == [5, 0, 0]
+    assert layer.counters.tolist() == [5, 0, 0, 0]
 
 
 def test_calibration_is_done_again_when_the_tokens_have_doubled() -> None:
@@ -323,7 +323,7 @@ def test_a_prompt_calibrates_by_evenly_sampled_queries(length: int, step: int) -
 def test_fier_is_never_calibrated() -> None:
     layer = make_layer(FierIndex(8))
     layer.prefill(600)
-    assert layer.counters.tolist() == [600, 600, 0]
+    assert layer.counters.tolist() == [600, 600, 0, 0]
 
 
 @given(count=st.integers(1, 50))
@@ -335,7 +335,7 @@ def test_a_full_cache_refuses_and_stays_as_it_was(count: int) -> None:
     with pytest.raises(CapacityError, match=rf"{stored} tokens .* {count} more .* {CAPACITY}"):
         layer.append(count)
     assert_equal_states([layer.keys, *layer.state], before)
-    assert layer.counters.tolist() == [stored, stored, 0]
+    assert layer.counters.tolist() == [stored, stored, 0, 0]
 
 
 @given(

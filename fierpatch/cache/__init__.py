@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from fierpatch.cache.facts import LayerFacts, Observer
 from fierpatch.cache.layer import BUCKET_SIZE, MARK, LayerCache
+from fierpatch.cache.shared import Shared
 
-__all__ = ["BUCKET_SIZE", "MARK", "LayerCache", "LayerFacts", "Observer"]
+__all__ = ["BUCKET_SIZE", "MARK", "LayerCache", "LayerFacts", "Observer", "Shared"]

@@ -23,7 +23,7 @@ class Observer(Protocol):
         scale: float,
         softcap: float,
     ) -> None:
-        """Called between selection and attention, with the arguments of `LayerCache.attend`."""
+        """Called after each retrieval, with the arguments of `LayerCache.attend`."""
 
 
 @dataclass
@@ -31,6 +31,7 @@ class LayerFacts:
     """Numbers of one layer's cache that outlive its tensors, for reports."""
 
     counters: Tensor
+    backend: str = "reference"
     batch_size: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0

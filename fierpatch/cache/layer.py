@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import fierpatch.ops  # noqa: F401  (registers torch.ops.fierpatch)
-from fierpatch.cache.checks import check_fit, check_positions
+from fierpatch.cache.checks import check_capacity, check_fit, check_positions
 from fierpatch.cache.facts import LayerFacts, Observer
+from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
-from fierpatch.index import KeyIndex, make_index, map_batch, nbytes, resize
+from fierpatch.index import KeyIndex, map_batch, nbytes, resize
+from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
 
@@ -22,8 +23,8 @@ MARK = "_fierpatch_layer"  # the attribute by which returned keys and values nam
 class LayerCache:
     """K, V and key index of one full-attention layer.
 
-    Growing caches allocate in buckets of 512 tokens and keep their counters on the host. Static
-    ones have a fixed capacity, fixed addresses and counters on the device, and hand out their whole
+    Growing caches allocate in buckets of 512 tokens and know their length on the host. Static ones
+    have a fixed capacity, fixed addresses and counters on the device, and hand out their whole
     buffers, so that a decode step compiles into one graph.
 
     Args:
@@ -32,7 +33,7 @@ class LayerCache:
         is_static: whether the capacity is fixed.
         is_dense: whether the layer keeps no index and is always attended densely.
         max_positions: tokens the model has positions for; None means no limit.
-        constants: the index's constant tensors, shared by the layers of one cache.
+        shared: what the layers of one cache have in common; None means nothing.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class LayerCache:
         is_static: bool = False,
         is_dense: bool = False,
         max_positions: int | None = None,
-        constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.config = config
         self.is_static = is_static
         self.is_dense = is_dense
         self.max_positions = max_positions
-        self._constants = {} if constants is None else constants
+        self._shared = shared or Shared()
         self.capacity = _round_up(max(capacity, 1))
         if is_static and max_positions is not None:
             self.capacity = min(self.capacity, max_positions)
@@ -59,7 +60,10 @@ class LayerCache:
         self.keys = self.values = torch.empty(0)  # until the first update
         # Tensors born in inference mode could not be updated outside it, in a later turn.
         with torch.inference_mode(False):
-            self.counters = torch.zeros(3, dtype=torch.int64)
+            self.counters = torch.zeros(4, dtype=torch.int64)
+        # The first three counters as the host knows them: a replayed graph passes it by.
+        self._progress = [0, 0, 0]
+        self.operators: Operators = ReferenceOperators(config)
         self.facts = LayerFacts(self.counters)
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
@@ -72,18 +76,12 @@ class LayerCache:
     @property
     def num_tokens(self) -> int:
         """Tokens stored. Reads the device where the cache is static."""
-        return int(self.counters[0])
+        return int(self.counters[0]) if self.is_static else self._progress[0]
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch, or -1 before the first update."""
         return self.keys.shape[0] if self.is_allocated else -1
-
-    @property
-    def index_arguments(self) -> tuple[str, int, int, int]:
-        """Name, bits, group_size and seed of the index, as the library ops take them."""
-        config = self.config
-        return config.index, config.bits, config.index_group_size, config.seed
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return the keys and values to attend over.
@@ -107,21 +105,20 @@ class LayerCache:
             self.allocate(key, value)
         check_fit(key, value, self.keys, self.values)
         is_prompt = num_new > self.config.max_query_length
-        is_first_prompt = False
+        is_first_prompt, stored = False, 0
         if not self.is_static:
-            stored = self.num_tokens
+            stored = self._progress[0]
             is_first_prompt = is_prompt and stored == 0
             self._reserve(stored + num_new)
-        torch.ops.fierpatch.append.default(
-            key,
-            value,
-            self.keys,
-            self.values,
-            self.state,
-            self.counters,
-            is_prompt,
-            *self.index_arguments,
+        elif not _is_recorded(key):
+            check_capacity(self._progress[0], num_new, self.capacity)
+        self.operators.append(
+            key, value, self.keys, self.values, self.state, self.counters, is_prompt
         )
+        if not (self.is_static and _is_recorded(key)):
+            self._progress[0] += num_new
+            if self.index is not None and not is_prompt:
+                self._progress[1] = self._progress[0]
         if is_first_prompt:
             # Not views of the caller's tensors, whose owner may go on to use them elsewhere.
             keys, values = key[:], value[:]
@@ -139,9 +136,10 @@ class LayerCache:
 
     def index_prompt(self, query: Tensor) -> None:
         """Index the prompt just stored, calibrated by its own ``query [B, Hq, T, D]``."""
-        torch.ops.fierpatch.index_prompt.default(
-            query, self.keys, self.state, self.counters, *self.index_arguments
-        )
+        known = None if self.is_static else self._progress
+        progress = self.operators.index_prompt(query, self.keys, self.state, self.counters, known)
+        if progress is not None:
+            self._progress = progress
 
     def attend(
         self,
@@ -164,53 +162,48 @@ class LayerCache:
         Returns:
             ``[B, T, Hq, Dv]``.
         """
-        config = self.config
-        token_indices = torch.ops.fierpatch.retrieve.default(
+        output, token_indices = self.operators.attend(
             query,
+            self.keys,
+            self.values,
             self.state,
             self.counters,
             visible,
             sink_logits,
-            *self.index_arguments,
-            config.budget,
-            config.sinks,
-            config.recent,
-            config.per_query_head,
             scale,
             softcap,
         )
         if self.observer is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
-        output: Tensor = torch.ops.fierpatch.attend.default(
-            query, self.keys, self.values, token_indices, sink_logits, scale, softcap
-        )
         return output
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
-        """Allocate for tensors shaped, typed and placed like these, whatever their length."""
+        """Allocate for tensors shaped, typed and placed like these, whatever their length.
+
+        Raises:
+            BackendError: the backend asked for cannot run on them.
+        """
         batch_size, num_kv_heads, num_new, head_dim = key.shape
         if not self.is_static:
             check_positions(num_new, self.max_positions)
             self.capacity = max(self.capacity, _round_up(num_new))
         with torch.inference_mode(False):
+            self.operators = self._shared.operators(self.config, key, value)
             self.keys = key.new_zeros((batch_size, num_kv_heads, self.capacity, head_dim))
             self.values = value.new_zeros((batch_size, num_kv_heads, self.capacity, value.shape[3]))
             if not self.is_dense:
-                name, bits, group_size, seed = self.index_arguments
-                self.index = make_index(
-                    name, head_dim=head_dim, bits=bits, group_size=group_size, seed=seed
-                )
+                self.index = layer_index(self.config, head_dim)
                 state = self.index.allocate(batch_size, num_kv_heads, self.capacity, key.device)
                 own = len(state) - self.index.num_constants
-                shared = self._constants.setdefault((self.index, key.device), state[own:])
+                shared = self._shared.constants.setdefault((self.index, key.device), state[own:])
                 self.state = state[:own] + shared
-            if self.is_static:
+            if self.is_static or self.operators.name != "reference":
                 self.counters = self.counters.to(key.device, copy=True)
         self._settle()
 
     def crop(self, num_removed: int) -> None:
         """Forget the newest `num_removed` tokens."""
-        stored, indexed, calibrated = self.counters.tolist()
+        stored, indexed, calibrated = self._read_progress()
         kept = max(stored - num_removed, 0)
         if kept == 0:
             self.reset()
@@ -218,13 +211,15 @@ class LayerCache:
         if self.index is not None and indexed > kept:
             # The group that is open again borrows its centre anew.
             opened = kept - kept % self.config.index_group_size
-            self.index.append(self.state, self.keys, opened, kept)
+            self.operators.index_range(self.keys, self.state, opened, kept)
             indexed = kept
-        self.counters.copy_(torch.tensor((kept, min(indexed, kept), calibrated)))
+        self._progress = [kept, min(indexed, kept), calibrated]
+        self.counters.copy_(torch.tensor((*self._progress, 0)))
 
     def reset(self) -> None:
         """Forget every token but keep the buffers and their addresses."""
         self.counters.zero_()
+        self._progress = [0, 0, 0]
         if self.is_allocated:
             # Stale rows are masked, but a NaN among them would pass a weight of 0.
             self.keys.zero_()
@@ -250,6 +245,10 @@ class LayerCache:
         """Keep only the given rows of the batch."""
         self._map_batch(lambda tensor: tensor[rows.to(tensor.device)].contiguous())
 
+    def _read_progress(self) -> list[int]:
+        """The first three counters, from the device where the host does not know them."""
+        return self.counters.tolist()[:3] if self.is_static else self._progress
+
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_allocated:
             return
@@ -274,15 +273,24 @@ class LayerCache:
 
     def _settle(self) -> None:
         """After the buffers changed: fix their addresses and record their sizes."""
+        self.operators.settle(self.keys)
         if self.is_static and not torch.compiler.is_compiling():
-            for tensor in (self.keys, self.values, self.counters, *self.state):
-                torch._dynamo.mark_static_address(tensor)
-        self.facts.counters = self.counters
+            buffers = (self.keys, self.values, self.counters, *self.state)
+            for tensor in (*buffers, *self.operators.buffers):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.facts.counters, self.facts.backend = self.counters, self.operators.name
         self.facts.batch_size, self.facts.num_kv_heads, _, self.facts.head_dim = self.keys.shape
         self.facts.value_head_dim = self.values.shape[3]
         self.facts.itemsize = self.keys.element_size()
         self.facts.kv_nbytes = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
         self.facts.index_nbytes = 0 if self.index is None else nbytes(self.index, self.state)
+
+
+def _is_recorded(like: Tensor) -> bool:
+    """Whether this step is compiled or captured, to be replayed without the host."""
+    if torch.compiler.is_compiling():
+        return True
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _round_up(num_tokens: int) -> int:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from fierpatch.cache import LayerCache, LayerFacts, Observer
+from fierpatch.cache import LayerCache, LayerFacts, Observer, Shared
 from fierpatch.config import FierConfig
 from fierpatch.errors import CacheMismatchError, PositionLimitError
 from fierpatch.hf.support import max_positions
-from fierpatch.index import KeyIndex
 
 
 class FierLayer(CacheLayerMixin):
@@ -144,7 +142,7 @@ class FierCache(Cache):
         else:
             template, plain = DynamicCache(config=text_config), DynamicLayer
         layers = list(template.layers)
-        constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] = {}
+        shared = Shared()
         for number, layer in enumerate(layers):
             if type(layer) is plain:
                 layers[number] = FierLayer(
@@ -154,7 +152,7 @@ class FierCache(Cache):
                         is_static=settings.compile,
                         is_dense=number < settings.dense_layers,
                         max_positions=limit,
-                        constants=constants,
+                        shared=shared,
                     )
                 )
         super().__init__(layers=layers)

@@ -36,7 +36,7 @@ class RotatedIndex:
 
     The state is planes int16 ``[B, H, tiles, bits * 32, D]`` (the high bit's 32 rows first), scale
     float16 ``[B, H, tiles, 512]``, centre float16 ``[B, H, tiles, 512 / group_size, D]``, balance
-    float32 ``[B, H, D]`` and one constant, the rotation's float64 matrix ``[D, D]``.
+    float32 ``[B, H, D]`` and one constant, the rotation's integer matrix ``[D, D]``.
     """
 
     head_dim: int

@@ -1,7 +1,7 @@
 """The fixed orthogonal rotation of the rotated index: random signs, then a Hadamard transform.
 
 For a head_dim of ``m * 2**k`` with m odd, the transform is Hadamard over the 2**k part and, where
-m > 1, a Householder reflection over the m part. Its matrix is kept unnormalised, in small integers,
+m > 1, a Householder reflection over the m part. Its matrix is kept unnormalised, as small integers,
 and applied in float64, where float32 terms add up exactly unless they span six decades: so the
 same key gives the same bits on any device, in any batch, alone or among others.
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 
 
 def rotation_matrix(head_dim: int, seed: int) -> Tensor:
-    """The rotation times its norm, integers as float64 ``[D, D]``, the same on every machine.
+    """The rotation times `rotation_norm`, integers ``[D, D]``, the same on every machine.
 
-    Rows multiply from the left: see `rotate`.
+    int8 but for a head_dim with an odd factor past 128, where it is int32. Rows multiply from the
+    left: see `rotate`.
     """
     power, odd = _factors(head_dim)
     hadamard = torch.ones(1, 1, dtype=torch.float64)
@@ -27,7 +28,13 @@ def rotation_matrix(head_dim: int, seed: int) -> Tensor:
         hadamard = torch.kron(odd * identity - 2.0, hadamard)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (head_dim, 1), generator=generator) * 2 - 1
-    return signs * hadamard
+    return (signs * hadamard).to(torch.int8 if odd < 129 else torch.int32)
+
+
+def rotation_norm(head_dim: int) -> float:
+    """What makes `rotation_matrix` orthogonal when it is multiplied by it."""
+    power, odd = _factors(head_dim)
+    return float(power**-0.5 / odd)
 
 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
@@ -37,8 +44,7 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
         x: float tensor ``[..., D]``.
         matrix: from `rotation_matrix`, on the device of `x`.
     """
-    power, odd = _factors(matrix.shape[0])
-    return ((x.double() @ matrix) * (power**-0.5 / odd)).to(x.dtype)
+    return ((x.double() @ matrix.double()) * rotation_norm(matrix.shape[0])).to(x.dtype)
 
 
 def _factors(head_dim: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The library ops that patched models call, in the namespace ``torch.ops.fierpatch``.
 
 They are opaque to the compiler and have fakes, so a model that calls them traces into one graph. A
-layer's progress travels in one int64 tensor ``counters``: tokens stored, tokens indexed, tokens at
-the last calibration.
+layer's progress travels in one int64 tensor ``counters [4]``: tokens stored, tokens indexed, tokens
+at the last calibration, and a number that only kernels use.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _append(
     seed: int,
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
-    stored, indexed, calibrated = counters.tolist()
+    stored, indexed, calibrated = counters.tolist()[:3]
     stop = stored + key.shape[2]
     if stop > keys.shape[2]:
         raise CapacityError(
@@ -71,7 +71,7 @@ def _append(
     if state and not is_prompt:
         _index(index, bits, group_size, seed, keys).append(state, keys, indexed, stop)
         indexed = stop
-    counters.copy_(torch.tensor((stop, indexed, calibrated)))
+    counters.copy_(torch.tensor((stop, indexed, calibrated, 0)))
 
 
 def _index_prompt(
@@ -88,17 +88,14 @@ def _index_prompt(
 
     Doubling keeps the work of a prompt that comes in chunks within twice that of one that does not.
     """
-    stored, indexed, calibrated = counters.tolist()
+    stored, indexed, calibrated = counters.tolist()[:3]
     key_index = _index(index, bits, group_size, seed, keys)
     if stored >= 2 * calibrated:
-        window = min(query.shape[2], _CALIBRATION_WINDOW)
-        step = -(-window // _MAX_CALIBRATION_QUERIES)
-        sampled = query[:, :, query.shape[2] - window :][:, :, ::step]
-        sampled = fold_groups(sampled, keys.shape[1])
+        sampled = fold_groups(calibration_sample(query), keys.shape[1])
         if key_index.calibrate(state, sampled, keys, stored):
             indexed, calibrated = 0, stored
     key_index.append(state, keys, indexed, stored)
-    counters.copy_(torch.tensor((stored, stored, calibrated)))
+    counters.copy_(torch.tensor((stored, stored, calibrated, 0)))
 
 
 def _retrieve(
@@ -194,6 +191,13 @@ def _attend_fake(
 ) -> Tensor:
     batch_size, num_query_heads, num_queries, _ = query.shape
     return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
+
+
+def calibration_sample(query: Tensor) -> Tensor:
+    """A few of a prompt's queries ``[B, Hq, T, D]``, evenly spaced over its newest."""
+    window = min(query.shape[2], _CALIBRATION_WINDOW)
+    step = -(-window // _MAX_CALIBRATION_QUERIES)
+    return query[:, :, query.shape[2] - window :][:, :, ::step]
 
 
 _LIBRARY.impl("append", _append, "CompositeExplicitAutograd")

@@ -186,7 +186,7 @@ def test_a_bad_option_is_named_and_the_patch_that_was_on_stays(
     assert handle is None or handle.is_attached
 
 
-@pytest.mark.parametrize("options", [{"offload": True}, {"backend": "triton"}], ids=str)
+@pytest.mark.parametrize("options", [{"offload": True}, {"backend": "flex"}], ids=str)
 def test_a_planned_option_says_that_it_is_planned(options: dict[str, Any]) -> None:
     model = tiny_model("llama")
     with nothing_changes(model), pytest.raises(NotYetSupportedError):

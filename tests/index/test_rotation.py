@@ -23,8 +23,7 @@ def test_a_seed_fixes_the_matrix_on_every_machine(head_dim: int, seed: int) -> N
     matrix = rotation_matrix(head_dim, seed)
     torch.rand(5)
     assert torch.equal(matrix, rotation_matrix(head_dim, seed))
-    assert matrix.dtype == torch.float64
-    assert torch.equal(matrix, matrix.round())
+    assert matrix.dtype in (torch.int8, torch.int32)
 
 
 def test_another_seed_gives_another_matrix() -> None:

@@ -1,0 +1,38 @@
+"""What the layers of one cache have in common, apart from their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fierpatch.config import FierConfig
+from fierpatch.index import KeyIndex
+from fierpatch.ops.operators import Operators, ReferenceOperators, choose_backend
+
+if TYPE_CHECKING:
+    from fierpatch.ops.kernel_operators import Workspace
+
+
+@dataclass
+class Shared:
+    """Constant tensors of the index and working memory of kernels, held once a device."""
+
+    constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] = field(default_factory=dict)
+    workspaces: dict[torch.device, Workspace] = field(default_factory=dict)
+
+    def operators(self, config: FierConfig, key: Tensor, value: Tensor) -> Operators:
+        """The operators of a layer with such keys and values.
+
+        Raises:
+            BackendError: the backend asked for cannot run on them.
+        """
+        if choose_backend(config, key, value) == "reference":
+            return ReferenceOperators(config)
+        # Not before it is needed: this imports triton.
+        from fierpatch.ops.kernel_operators import KernelOperators, Workspace
+
+        workspace = self.workspaces.setdefault(key.device, Workspace())
+        return KernelOperators(config, key, workspace)

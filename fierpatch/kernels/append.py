@@ -1,0 +1,328 @@
+"""Storing new keys and values, and quantising them into the index, in one launch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
+from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
+from fierpatch.index.rotated import TWO_BIT_THRESHOLD
+from fierpatch.index.rotation import rotation_norm
+from fierpatch.kernels.launch import Constants, Launcher, aligned
+from fierpatch.kernels.quantize import TILE_SIZE, quantize_fier, quantize_rotated
+
+_STORE_BLOCK = 64  # tokens a program stores of a prompt
+_INDEX_BLOCK = 8  # tokens stored at once before they are indexed
+
+NO_INDEX, ROTATED, FIER = 0, 1, 2
+
+
+@triton.jit
+def _store(
+    new_ptr,
+    buffer_ptr,
+    stride_t,
+    first,
+    num_new,
+    stored,
+    capacity,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Copy new tokens ``first .. first + BLOCK_T`` of one KV head to their rows of the buffer."""
+    token = first + tl.arange(0, BLOCK_T)
+    channel = tl.arange(0, BLOCK_W)
+    inside = (channel < WIDTH)[None, :]
+    rows = tl.load(
+        new_ptr + token.to(tl.int64)[:, None] * stride_t + channel[None, :],
+        mask=(token < num_new)[:, None] & inside,
+        other=0.0,
+    )
+    place = stored + token
+    kept = (token < num_new) & (place < capacity)
+    tl.store(
+        buffer_ptr + place.to(tl.int64)[:, None] * WIDTH + channel[None, :],
+        rows,
+        mask=kept[:, None] & inside,
+    )
+
+
+@triton.jit
+def _quantize(
+    keys_ptr,
+    planes_ptr,
+    scale_ptr,
+    third_ptr,
+    balance_ptr,
+    rotation_ptr,
+    row,
+    tiles,
+    tile,
+    start,
+    stop,
+    INDEX: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ONE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
+):
+    """One tile of the index of KV head `row`; `third_ptr` is its centre or zero."""
+    planes_ptr += row * tiles * (BITS * 32 * D)
+    third_ptr += row * tiles * (TILE_SIZE // GROUP * D)
+    if INDEX == 1:
+        quantize_rotated(
+            keys_ptr, planes_ptr, scale_ptr + row * tiles * TILE_SIZE, third_ptr,
+            balance_ptr + row * D, rotation_ptr, tile, start, stop,
+            D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, ONE_BY_ONE,
+        )  # fmt: skip
+    else:
+        scale_ptr += row * tiles * (TILE_SIZE // GROUP * D)
+        quantize_fier(
+            keys_ptr, planes_ptr, scale_ptr, third_ptr, tile, start, stop, D, BLOCK_D, GROUP
+        )
+
+
+@triton.jit(do_not_specialize=["num_new", "capacity", "tiles", "num_heads"])
+def append_kernel(
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    planes_ptr,
+    scale_ptr,
+    third_ptr,
+    balance_ptr,
+    rotation_ptr,
+    counters_ptr,
+    num_new,
+    capacity,
+    tiles,
+    num_heads,
+    key_stride_b: tl.int64,
+    key_stride_h: tl.int64,
+    key_stride_t: tl.int64,
+    value_stride_b: tl.int64,
+    value_stride_h: tl.int64,
+    value_stride_t: tl.int64,
+    INDEX: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ONE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Store tokens at the counter, index what is not indexed yet, move the counter on.
+
+    The program that arrives last moves it, when all others have read it. Tokens past the capacity
+    are not written, and the counter says so.
+    """
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    b = row // num_heads
+    h = row % num_heads
+    stored = tl.load(counters_ptr).to(tl.int32)
+    start = tl.load(counters_ptr + 1).to(tl.int32)
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    keys_ptr += row * capacity * D
+    values_ptr += row * capacity * DV
+    if INDEX == 0:
+        first = part * BLOCK_T
+        _store(
+            key_ptr, keys_ptr, key_stride_t, first, num_new, stored, capacity,
+            D, BLOCK_D, BLOCK_T,
+        )  # fmt: skip
+        _store(
+            value_ptr, values_ptr, value_stride_t, first, num_new, stored, capacity,
+            DV, BLOCK_DV, BLOCK_T,
+        )  # fmt: skip
+    else:
+        # Every program of a head stores all of its new tokens: each may quantise any of them.
+        for first in range(0, num_new, BLOCK_T):
+            _store(
+                key_ptr, keys_ptr, key_stride_t, first, num_new, stored, capacity,
+                D, BLOCK_D, BLOCK_T,
+            )  # fmt: skip
+            _store(
+                value_ptr, values_ptr, value_stride_t, first, num_new, stored, capacity,
+                DV, BLOCK_DV, BLOCK_T,
+            )  # fmt: skip
+        tl.debug_barrier()
+        stop = tl.minimum(stored + num_new, capacity)
+        first_tile = start // TILE_SIZE
+        for tile in range(first_tile + part, tl.cdiv(stop, TILE_SIZE), tl.num_programs(0)):
+            _quantize(
+                keys_ptr, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
+                row, tiles, tile, start, stop,
+                INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, True,
+            )  # fmt: skip
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters_ptr + 3, 1, sem="acq_rel")
+    if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(counters_ptr, (stored + num_new).to(tl.int64))
+        if INDEX != 0:
+            tl.store(counters_ptr + 1, (stored + num_new).to(tl.int64))
+        tl.store(counters_ptr + 3, 0)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "capacity", "tiles"])
+def index_kernel(
+    keys_ptr,
+    planes_ptr,
+    scale_ptr,
+    third_ptr,
+    balance_ptr,
+    rotation_ptr,
+    start,
+    stop,
+    capacity,
+    tiles,
+    INDEX: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ONE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Index tokens ``start .. stop`` of the stored keys, one program a tile and KV head."""
+    row = tl.program_id(1).to(tl.int64)
+    _quantize(
+        keys_ptr + row * capacity * D, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
+        row, tiles, start // TILE_SIZE + tl.program_id(0), start, stop,
+        INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, False,
+    )  # fmt: skip
+
+
+_append = Launcher(append_kernel)
+_index = Launcher(index_kernel)
+
+
+def append(
+    index: KeyIndex | None,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+) -> None:
+    """Store new tokens behind those stored and, given an index, index all that is not yet.
+
+    Args:
+        index: None stores only, as for a prompt or a dense layer.
+        key, value: ``[B, H, T, D]`` and ``[B, H, T, Dv]``, last dimension contiguous.
+        keys, values: the buffers ``[B, H, C, D]`` and ``[B, H, C, Dv]``, contiguous.
+        state: the index's tensors; empty without one.
+        counters: int64 ``[4]`` on the device: stored, indexed, calibrated, programs arrived.
+    """
+    batch_size, num_heads, num_new, head_dim = key.shape
+    key, value = _rows(key), _rows(value)
+    capacity = keys.shape[2]
+    if index is None:
+        grid = (triton.cdiv(num_new, _STORE_BLOCK), batch_size * num_heads, 1)
+        tensors, tiles = (None,) * 5, 0
+    else:
+        parts = 1 if num_new == 1 else triton.cdiv(num_new, TOKENS_PER_TILE) + 1
+        grid = (parts, batch_size * num_heads, 1)
+        tensors, tiles = _tensors(state), state[0].shape[2]
+    _append(
+        grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
+        *key.stride()[:3], *value.stride()[:3],
+        constants=_append_constants(index, head_dim, value.shape[3]), num_warps=8,
+    )  # fmt: skip
+
+
+def index_range(index: KeyIndex, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
+    """Index tokens ``start .. stop`` of the buffer ``keys [B, H, C, D]``: `KeyIndex.append`."""
+    if start >= stop:
+        return
+    batch_size, num_heads, capacity, _ = keys.shape
+    first_tile = start // TOKENS_PER_TILE
+    grid = (triton.cdiv(stop, TOKENS_PER_TILE) - first_tile, batch_size * num_heads, 1)
+    _index(
+        grid, keys, *_tensors(state), start, stop, capacity, state[0].shape[2],
+        constants=_index_constants(index), num_warps=8,
+    )  # fmt: skip
+
+
+def kind(index: KeyIndex) -> int:
+    """Which of the indexes that kernels know this one is.
+
+    Raises:
+        TypeError: none of them.
+    """
+    if isinstance(index, RotatedIndex):
+        return ROTATED
+    if isinstance(index, FierIndex):
+        return FIER
+    raise TypeError(f"no kernel reads the index {index}")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return aligned(tensor if tensor.stride(3) == 1 else tensor.contiguous())
+
+
+def _tensors(state: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return (*state, *(None,) * (5 - len(state)))
+
+
+@cache
+def _append_constants(index: KeyIndex | None, head_dim: int, value_head_dim: int) -> Constants:
+    common = dict(_common_constants(index, head_dim))
+    return (
+        ("INDEX", common.pop("INDEX")),
+        ("D", common.pop("D")),
+        ("DV", value_head_dim),
+        ("BLOCK_D", common.pop("BLOCK_D")),
+        ("BLOCK_DV", triton.next_power_of_2(value_head_dim)),
+        ("BLOCK_K", common.pop("BLOCK_K")),
+        ("BLOCK_ONE", common.pop("BLOCK_ONE")),
+        ("BLOCK_T", _STORE_BLOCK if index is None else _INDEX_BLOCK),
+        *common.items(),
+    )
+
+
+@cache
+def _index_constants(index: KeyIndex) -> Constants:
+    return tuple(_common_constants(index, index.head_dim).items())
+
+
+def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
+    block_d = triton.next_power_of_2(head_dim)
+    return {
+        "INDEX": NO_INDEX if index is None else kind(index),
+        "D": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_K": min(32 if block_d < 256 else 16, block_d),
+        "BLOCK_ONE": min(128 if block_d < 256 else 64, block_d),
+        "BITS": index.bits if isinstance(index, RotatedIndex) else 1,
+        "GROUP": 32 if index is None else index.group_size,
+        "NORM": rotation_norm(head_dim),
+        "THRESHOLD": TWO_BIT_THRESHOLD,
+    }
+
+
+def new_counters(device: torch.device) -> Tensor:
+    """Counters of an empty layer: see `append`."""
+    return torch.zeros(4, dtype=torch.int64, device=device)

@@ -1,0 +1,249 @@
+"""Exact attention over a list of positions, split over programs, merged by the last of them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fierpatch.kernels.launch import Constants, Launcher, aligned
+from fierpatch.kernels.scores import LOG2_E, cap
+
+_LOG2_E = 1.4426950408889634
+_MAX_SPLITS = 16
+
+
+@triton.jit(do_not_specialize=["num_lists", "num_queries", "capacity", "width"])
+def gather_attention_kernel(
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    token_index_ptr,
+    sink_ptr,
+    counters_ptr,
+    partial_ptr,
+    log_sum_ptr,
+    arrivals_ptr,
+    output_ptr,
+    stride_b: tl.int64,
+    stride_h: tl.int64,
+    stride_t: tl.int64,
+    num_lists,
+    num_queries,
+    capacity,
+    width,
+    logit_scale,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    LISTS_PER_KV_HEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_COUNTERS: tl.constexpr,
+):
+    """The query heads of one list over one split of it; a row is ``(b, list, t)``.
+
+    The softmax is online (Milakov and Gimelshein, arXiv 1805.02867), in units of log2.
+    partial is float32 ``[row, split, HEADS, DV]``, log_sum float32 ``[row, split, HEADS]``, output
+    ``[B, T, Hq, DV]``. arrivals int32 ``[rows]`` is 0 before and after.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    t = row % num_queries
+    list_ = row // num_queries % num_lists
+    b = row // num_queries // num_lists
+    kv_row = b * (num_lists // LISTS_PER_KV_HEAD) + list_ // LISTS_PER_KV_HEAD
+    head = tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)
+    value_channel = tl.arange(0, BLOCK_DV)
+    slot = tl.arange(0, BLOCK_N)
+    query_ptr += b * stride_b + list_ * HEADS * stride_h + t * stride_t
+    query = tl.load(
+        query_ptr + head[:, None].to(tl.int64) * stride_h + channel[None, :],
+        mask=(head < HEADS)[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
+    token_index_ptr += row * width
+    keys_ptr += kv_row * capacity * D
+    values_ptr += kv_row * capacity * DV
+    most = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    mixed = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    share = tl.cdiv(tl.cdiv(width, SPLITS), BLOCK_N) * BLOCK_N
+    for start in range(split * share, tl.minimum(split * share + share, width), BLOCK_N):
+        place = start + slot
+        token = tl.load(token_index_ptr + place, mask=place < width, other=-1)
+        is_used = token >= 0
+        keys = tl.load(
+            keys_ptr + token[:, None] * D + channel[None, :],
+            mask=is_used[:, None] & (channel < D)[None, :],
+            other=0.0,
+        )
+        values = tl.load(
+            values_ptr + token[:, None] * DV + value_channel[None, :],
+            mask=is_used[:, None] & (value_channel < DV)[None, :],
+            other=0.0,
+        )
+        logit = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * logit_scale
+        if HAS_CAP:
+            logit = cap(logit, softcap)
+        logit = tl.where(is_used[None, :], logit, float("-inf"))
+        larger = tl.maximum(most, tl.max(logit, axis=1))
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        weight = tl.exp2(logit - reference[:, None])
+        shrink = tl.exp2(most - reference)
+        total = total * shrink + tl.sum(weight, axis=1)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision=PRECISION)
+        most = larger
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    log_sum = tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    place = (row * SPLITS + split) * HEADS + head
+    mask = (head < HEADS)[:, None] & (value_channel < DV)[None, :]
+    tl.store(partial_ptr + place[:, None] * DV + value_channel[None, :], mixed, mask=mask)
+    tl.store(log_sum_ptr + place, log_sum, mask=head < HEADS)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
+    if arrived == SPLITS - 1:
+        tl.store(arrivals_ptr + row, 0)
+        is_full = False
+        if HAS_COUNTERS:
+            is_full = tl.load(counters_ptr) > capacity
+        splits = tl.arange(0, SPLITS)
+        query_heads = num_lists * HEADS
+        output_ptr += ((b * num_queries + t) * query_heads + list_ * HEADS) * DV
+        for g in tl.static_range(HEADS):
+            from_ = (row * SPLITS + splits) * HEADS + g
+            # Past the first-level cache, which does not see what other programs write.
+            sums = tl.load(log_sum_ptr + from_, cache_modifier=".cg")
+            parts = tl.load(
+                partial_ptr + from_[:, None] * DV + value_channel[None, :],
+                mask=(value_channel < DV)[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            peak = tl.max(sums, axis=0)
+            if HAS_SINK:
+                sink = tl.load(sink_ptr + list_ * HEADS + g).to(tl.float32) * LOG2_E
+                peak = tl.maximum(peak, sink)
+            peak = tl.where(peak == float("-inf"), 0.0, peak)
+            shares = tl.exp2(sums - peak)
+            denominator = tl.sum(shares, axis=0)
+            if HAS_SINK:
+                denominator += tl.exp2(sink - peak)
+            merged = tl.sum(parts * shares[:, None], axis=0)
+            merged = merged / tl.where(denominator > 0, denominator, 1.0)
+            # More tokens than the cache holds cannot raise on the device, but must not pass.
+            merged = tl.where(is_full, float("nan"), merged)
+            tl.store(output_ptr + g * DV + value_channel, merged, mask=value_channel < DV)
+
+
+_attend = Launcher(gather_attention_kernel)
+
+
+def num_splits(num_rows: int, width: int) -> int:
+    """Programs that share one row's list: enough to fill a GPU, each with 64 tokens or more."""
+    splits = 1
+    while splits < _MAX_SPLITS and num_rows * splits < 256 and 2 * splits * 64 <= width:
+        splits *= 2
+    return splits
+
+
+def gather_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    counters: Tensor | None = None,
+    arrivals: Tensor | None = None,
+    partial: Tensor | None = None,
+) -> Tensor:
+    """`fierpatch.reference.gather_attention` with heads and queries swapped.
+
+    Args:
+        query: ``[B, Hq, T, D]``, last dimension contiguous.
+        keys, values: ``[B, H, C, D]``, ``[B, H, C, Dv]``, contiguous.
+        token_indices: int64 ``[B, H or Hq, T, K]``, contiguous; -1 marks an unused slot.
+        counters: with them, the output is NaN if more tokens were stored than C.
+        arrivals: int32 zeros, one a row of `token_indices` at least; left as they are found.
+        partial: float32 room for `partial_size` numbers; None allocates.
+
+    Returns:
+        ``[B, T, Hq, Dv]`` in the query's dtype.
+    """
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_kv_heads, capacity, value_head_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    num_lists, width = token_indices.shape[1], token_indices.shape[3]
+    num_rows = batch_size * num_lists * num_queries
+    query = aligned(query if query.stride(3) == 1 else query.contiguous())
+    splits = num_splits(num_rows, width)
+    if arrivals is None:
+        arrivals = torch.zeros(num_rows, dtype=torch.int32, device=query.device)
+    heads = num_heads // num_lists
+    size = num_rows * splits * heads
+    if partial is None:
+        partial = query.new_empty(size * (value_head_dim + 1), dtype=torch.float32)
+    output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
+    has_cap = softcap > 0
+    _attend(
+        (num_rows, splits, 1),
+        query, keys, values, token_indices, sink_logits, counters,
+        partial, partial[size * value_head_dim :], arrivals, output,
+        *query.stride()[:3], num_lists, num_queries, capacity, width,
+        scale / softcap if has_cap else scale * _LOG2_E, softcap,
+        constants=_constants(
+            head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype,
+            has_cap, sink_logits is not None, counters is not None,
+        ),
+        num_warps=4,
+    )  # fmt: skip
+    return output
+
+
+def partial_size(num_rows: int, width: int, heads: int, value_head_dim: int) -> int:
+    """Float32 numbers that the splits of `gather_attention` write for each other."""
+    return num_rows * num_splits(num_rows, width) * heads * (value_head_dim + 1)
+
+
+@cache
+def _constants(
+    head_dim: int,
+    value_head_dim: int,
+    heads: int,
+    lists_per_kv_head: int,
+    splits: int,
+    dtype: torch.dtype,
+    has_cap: bool,
+    has_sink: bool,
+    has_counters: bool,
+) -> Constants:
+    widest = max(head_dim, value_head_dim)
+    return (
+        ("D", head_dim),
+        ("BLOCK_D", triton.next_power_of_2(head_dim)),
+        ("DV", value_head_dim),
+        ("BLOCK_DV", triton.next_power_of_2(value_head_dim)),
+        ("HEADS", heads),
+        ("BLOCK_H", max(16, triton.next_power_of_2(heads))),
+        ("LISTS_PER_KV_HEAD", lists_per_kv_head),
+        ("BLOCK_N", 16 if dtype == torch.float32 else 32 if widest > 128 else 64),
+        ("SPLITS", splits),
+        ("PRECISION", "ieee" if dtype == torch.float32 else "tf32"),
+        ("HAS_CAP", has_cap),
+        ("HAS_SINK", has_sink),
+        ("HAS_COUNTERS", has_counters),
+    )

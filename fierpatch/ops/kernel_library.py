@@ -1,0 +1,160 @@
+"""The library ops over Triton kernels, for compiled models: no length is read on the host.
+
+Eager models call the kernels as they are, see `fierpatch.ops.kernel_operators`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fierpatch.index import KeyIndex, make_index
+from fierpatch.kernels import append as appending
+from fierpatch.kernels import attention, retrieve
+
+_LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+_INDEX = "str index, int bits, int group_size, int seed"
+_LIBRARY.define(
+    "triton_append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, "
+    f"Tensor(c!)[] state, Tensor(d!) counters, bool is_prompt, {_INDEX}) -> ()",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "triton_retrieve(Tensor query, Tensor[] state, Tensor counters, Tensor(a!) arrivals, "
+    f"Tensor? visible, Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, "
+    "bool per_query_head, float scale, float softcap) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "triton_attend(Tensor query, Tensor keys, Tensor values, Tensor token_indices, "
+    "Tensor counters, Tensor(a!) arrivals, Tensor? sink_logits, float scale, float softcap) "
+    "-> Tensor",
+    tags=_TAGS,
+)
+
+
+def _append(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    is_prompt: bool,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+) -> None:
+    """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
+    is_indexed = bool(state) and not is_prompt
+    key_index = _index(index, bits, group_size, seed, keys) if is_indexed else None
+    appending.append(key_index, key, value, keys, values, state, counters)
+
+
+def _retrieve(
+    query: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    arrivals: Tensor,
+    visible: Tensor | None,
+    sink_logits: Tensor | None,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
+    planes = state[0]
+    shape = retrieve.Shape(
+        index=_index(index, bits, group_size, seed, query),
+        batch_size=query.shape[0],
+        num_kv_heads=planes.shape[1],
+        num_groups=query.shape[1] // planes.shape[1],
+        num_queries=query.shape[2],
+        tiles=planes.shape[2],
+        budget=budget,
+        per_query_head=per_query_head,
+    )
+    scratch = retrieve.Scratch(shape, query.device)
+    logits = retrieve.Logits(scale, softcap)
+    retrieve.score(shape, scratch, query, state, counters, logits, visible)
+    return retrieve.select(
+        shape, scratch, counters, arrivals, sinks=sinks, recent=recent,
+        sink_logits=sink_logits, has_mask=visible is not None,
+    )  # fmt: skip
+
+
+def _retrieve_fake(
+    query: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    arrivals: Tensor,
+    visible: Tensor | None,
+    sink_logits: Tensor | None,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    num_lists = query.shape[1] if per_query_head else state[0].shape[1]
+    width = min(budget, state[0].shape[2] * 512)
+    return query.new_empty((query.shape[0], num_lists, query.shape[2], width), dtype=torch.int64)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    counters: Tensor,
+    arrivals: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Output ``[B, T, Hq, Dv]``, heads and queries swapped as attention functions return it."""
+    return attention.gather_attention(
+        query, keys, values, token_indices, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, counters=counters, arrivals=arrivals,
+    )  # fmt: skip
+
+
+def _attend_fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    counters: Tensor,
+    arrivals: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    batch_size, num_query_heads, num_queries, _ = query.shape
+    return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
+
+
+_LIBRARY.impl("triton_append", _append, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_retrieve", _retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_attend", _attend_fake, lib=_LIBRARY)
+
+
+def _index(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
+    return make_index(name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed)

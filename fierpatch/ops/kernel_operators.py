@@ -1,0 +1,206 @@
+"""The operators of a layer in Triton kernels: no host read and fixed addresses in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fierpatch.ops.kernel_library  # noqa: F401  (registers torch.ops.fierpatch)
+from fierpatch.config import FierConfig
+from fierpatch.errors import BackendError
+from fierpatch.index import KeyIndex
+from fierpatch.kernels import append as appending
+from fierpatch.kernels import attention, retrieve
+from fierpatch.kernels.launch import check_device, is_interpreted
+from fierpatch.ops.library import calibration_sample
+from fierpatch.ops.operators import layer_index
+from fierpatch.reference import fold_groups
+
+_MOST_GROUPS = 128  # query heads a KV head, for lists of their own
+
+
+@dataclass
+class Workspace:
+    """What the kernels of all layers of one cache write for each other.
+
+    Eager steps reuse it; in a compiled one the allocator of the graph does.
+    """
+
+    scratch: dict[retrieve.Shape, retrieve.Scratch] = field(default_factory=dict)
+    partial: Tensor | None = None
+
+    def scratch_of(self, shape: retrieve.Shape, device: torch.device) -> retrieve.Scratch:
+        """The intermediate results of a retrieval of this shape; forgets those of others."""
+        found = self.scratch.get(shape)
+        if found is None:
+            with torch.inference_mode(False):
+                found = retrieve.Scratch(shape, device)
+            self.scratch = {shape: found}
+        return found
+
+    def partial_of(self, size: int, device: torch.device) -> Tensor:
+        """Room for `size` float32 numbers."""
+        if self.partial is None or self.partial.numel() < size:
+            with torch.inference_mode(False):
+                self.partial = torch.empty(size, device=device)
+        return self.partial
+
+
+class KernelOperators:
+    """See `fierpatch.ops.operators.Operators`.
+
+    Args:
+        config: the settings of the patch.
+        key: the first keys stored, ``[B, H, T, D]``.
+        workspace: shared by the layers of a cache that live on one device.
+
+    Raises:
+        BackendError: kernels cannot run on these tensors.
+    """
+
+    name = "triton"
+
+    def __init__(self, config: FierConfig, key: Tensor, workspace: Workspace) -> None:
+        check_device(key.device)
+        if is_interpreted and key.dtype == torch.bfloat16:
+            raise BackendError(
+                "Triton's interpreter computes bfloat16 wrongly: use float16 or float32, or unset "
+                "TRITON_INTERPRET"
+            )
+        self.config = config
+        self.index: KeyIndex = layer_index(config, key.shape[3])
+        self.workspace = workspace
+        self._shape: retrieve.Shape | None = None
+        # Zeros, by which the programs of a list find out which of them is last.
+        self.arrivals = torch.zeros(0, dtype=torch.int32, device=key.device)
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """See `Operators`."""
+        return (self.arrivals,)
+
+    def settle(self, keys: Tensor) -> None:
+        """See `Operators`."""
+        lists = keys.shape[0] * keys.shape[1] * (_MOST_GROUPS if self.config.per_query_head else 1)
+        if self.arrivals.numel() < lists * self.config.max_query_length:
+            with torch.inference_mode(False):
+                self.arrivals = self.arrivals.new_zeros(lists * self.config.max_query_length)
+
+    def append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        is_prompt: bool,
+    ) -> None:
+        """See `Operators`."""
+        if torch.compiler.is_compiling():
+            torch.ops.fierpatch.triton_append.default(
+                key, value, keys, values, state, counters, is_prompt, *self._index_arguments
+            )
+            return
+        index = self.index if state and not is_prompt else None
+        appending.append(index, key, value, keys, values, state, counters)
+
+    def index_prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        progress: list[int] | None,
+    ) -> list[int] | None:
+        """See `Operators`. Reads the counters where need be, for a prompt is no step."""
+        if torch.compiler.is_compiling():
+            torch.ops.fierpatch.index_prompt.default(
+                query, keys, state, counters, *self._index_arguments
+            )
+            return None
+        stored, indexed, calibrated = progress or counters.tolist()[:3]
+        if stored >= 2 * calibrated:
+            sampled = fold_groups(calibration_sample(query), keys.shape[1])
+            if self.index.calibrate(state, sampled, keys, stored):
+                indexed, calibrated = 0, stored
+        appending.index_range(self.index, keys, state, indexed, stored)
+        counters[1].fill_(stored)
+        counters[2].fill_(calibrated)
+        return [stored, stored, calibrated]
+
+    def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
+        """See `Operators`."""
+        appending.index_range(self.index, keys, state, start, stop)
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Operators`."""
+        config = self.config
+        if torch.compiler.is_compiling():
+            token_indices = torch.ops.fierpatch.triton_retrieve.default(
+                query, state, counters, self.arrivals, visible, sink_logits,
+                *self._index_arguments, config.budget, config.sinks, config.recent,
+                config.per_query_head, scale, softcap,
+            )  # fmt: skip
+            output = torch.ops.fierpatch.triton_attend.default(
+                query, keys, values, token_indices, counters, self.arrivals, sink_logits,
+                scale, softcap,
+            )  # fmt: skip
+            return output, token_indices
+        shape = self._shape_of(query, state[0])
+        scratch = self.workspace.scratch_of(shape, query.device)
+        logits = retrieve.Logits(scale, softcap)
+        retrieve.score(shape, scratch, query, state, counters, logits, visible)
+        token_indices = retrieve.select(
+            shape, scratch, counters, self.arrivals, sinks=config.sinks, recent=config.recent,
+            sink_logits=sink_logits, has_mask=visible is not None,
+        )  # fmt: skip
+        size = attention.partial_size(
+            shape.rows, shape.width, query.shape[1] // shape.num_lists, values.shape[3]
+        )
+        output = attention.gather_attention(
+            query, keys, values, token_indices, scale=scale, softcap=softcap,
+            sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
+            partial=self.workspace.partial_of(size, query.device),
+        )  # fmt: skip
+        return output, token_indices
+
+    @property
+    def _index_arguments(self) -> tuple[str, int, int, int]:
+        config = self.config
+        return config.index, config.bits, config.index_group_size, config.seed
+
+    def _shape_of(self, query: Tensor, planes: Tensor) -> retrieve.Shape:
+        """The shape of a retrieval, the last one again where nothing has changed."""
+        shape = self._shape
+        batch_size, num_heads, num_queries, _ = query.shape
+        if (
+            shape is None
+            or shape.tiles != planes.shape[2]
+            or shape.num_queries != num_queries
+            or shape.batch_size != batch_size
+        ):
+            shape = self._shape = retrieve.Shape(
+                index=self.index,
+                batch_size=batch_size,
+                num_kv_heads=planes.shape[1],
+                num_groups=num_heads // planes.shape[1],
+                num_queries=num_queries,
+                tiles=planes.shape[2],
+                budget=self.config.budget,
+                per_query_head=self.config.per_query_head,
+            )
+        return shape

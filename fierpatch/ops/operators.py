@@ -1,0 +1,199 @@
+"""The operators of one layer's cache behind one protocol, and which backend runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+import fierpatch.ops.library  # noqa: F401  (registers torch.ops.fierpatch)
+from fierpatch.config import FierConfig
+from fierpatch.errors import BackendError, MissingDependencyError
+from fierpatch.index import KeyIndex, make_index
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_HEAD_DIM = 256
+
+
+class Operators(Protocol):
+    """What a layer's cache does with its tensors.
+
+    The state is the index's; counters are int64 ``[4]``: tokens stored, tokens indexed, tokens at
+    the last calibration, and one that kernels use.
+    """
+
+    name: str
+    buffers: tuple[Tensor, ...]
+    """Tensors of the operators' own that a compiled step writes to."""
+
+    def settle(self, keys: Tensor) -> None:
+        """Make room for a batch of such ``keys [B, H, C, D]``."""
+
+    def append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        is_prompt: bool,
+    ) -> None:
+        """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
+
+    def index_prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        progress: list[int] | None,
+    ) -> list[int] | None:
+        """Index the tokens stored, calibrated by the prompt's queries.
+
+        Args:
+            progress: the first three counters where the host knows them.
+
+        Returns:
+            What they are now, or None while compiling.
+        """
+
+    def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
+        """Index tokens ``start .. stop`` again."""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Retrieval attention: ``[B, T, Hq, Dv]`` and the token indices."""
+
+
+@dataclass(frozen=True)
+class ReferenceOperators:
+    """The specification, in plain PyTorch on any device; reads lengths on the host.
+
+    Args:
+        config: the settings of the patch.
+    """
+
+    config: FierConfig
+    name: ClassVar[str] = "reference"
+    buffers: ClassVar[tuple[Tensor, ...]] = ()
+
+    @property
+    def _index(self) -> tuple[str, int, int, int]:
+        config = self.config
+        return config.index, config.bits, config.index_group_size, config.seed
+
+    def settle(self, keys: Tensor) -> None:
+        """See `Operators`."""
+
+    def append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        is_prompt: bool,
+    ) -> None:
+        """See `Operators`."""
+        torch.ops.fierpatch.append.default(
+            key, value, keys, values, state, counters, is_prompt, *self._index
+        )
+
+    def index_prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        progress: list[int] | None,
+    ) -> list[int] | None:
+        """See `Operators`."""
+        torch.ops.fierpatch.index_prompt.default(query, keys, state, counters, *self._index)
+        return None if torch.compiler.is_compiling() else counters.tolist()[:3]
+
+    def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
+        """See `Operators`."""
+        layer_index(self.config, keys.shape[3]).append(state, keys, start, stop)
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Operators`."""
+        config = self.config
+        token_indices = torch.ops.fierpatch.retrieve.default(
+            query, state, counters, visible, sink_logits, *self._index, config.budget,
+            config.sinks, config.recent, config.per_query_head, scale, softcap,
+        )  # fmt: skip
+        output = torch.ops.fierpatch.attend.default(
+            query, keys, values, token_indices, sink_logits, scale, softcap
+        )
+        return output, token_indices
+
+
+def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:
+    """The index that the settings ask for, for keys of `head_dim` channels."""
+    return make_index(
+        config.index,
+        head_dim=head_dim,
+        bits=config.bits,
+        group_size=config.index_group_size,
+        seed=config.seed,
+    )
+
+
+def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
+    """Which backend runs a layer with such keys and values: ``"reference"`` or ``"triton"``.
+
+    ``"auto"`` is Triton on a CUDA device where it is installed and has kernels for these keys.
+
+    Raises:
+        BackendError: ``"triton"`` was asked for and cannot run.
+        MissingDependencyError: or is not installed.
+    """
+    if config.backend == "reference":
+        return "reference"
+    is_asked = config.backend == "triton"
+    if not is_asked and key.device.type != "cuda":
+        return "reference"
+    if find_spec("triton") is None:
+        if is_asked:
+            raise MissingDependencyError(
+                'backend="triton" needs the package triton, which is not installed: pip install '
+                'fierpatch[triton], or use backend="reference"'
+            )
+        return "reference"
+    head_dim = max(key.shape[3], value.shape[3])
+    problem = ""
+    if key.dtype not in _KERNEL_DTYPES:
+        problem = f"keys of {key.dtype}: it has kernels for bfloat16, float16 and float32"
+    elif value.dtype != key.dtype:
+        problem = f"keys of {key.dtype} and values of {value.dtype}: it wants one dtype"
+    elif head_dim > _MAX_HEAD_DIM:
+        problem = f"a head_dim of {head_dim}: its kernels end at {_MAX_HEAD_DIM}"
+    if problem and is_asked:
+        raise BackendError(f'backend="triton" cannot run on {problem}; use backend="reference"')
+    return "reference" if problem else "triton"
