@@ -31,6 +31,8 @@ class LayerReport:
         kv_bytes: bytes held for K and V.
         index_bytes: bytes held for the index.
         key_access_ratio: bytes of index and keys read over the bytes of all keys (FIER, section 3).
+        backend: what ran a sparse layer, ``"reference"`` or ``"triton"``; empty for others, before
+            a run and in an estimate.
     """
 
     number: int
@@ -43,6 +45,7 @@ class LayerReport:
     kv_bytes: int
     index_bytes: int
     key_access_ratio: float
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Report:
                     _readable(sum(layer.bytes_read for layer in members)),
                     _readable(sum(layer.kv_bytes for layer in members)),
                     _readable(sum(layer.index_bytes for layer in members)),
-                    first.reason,
+                    ", ".join(filter(None, (first.reason, first.backend))),
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -145,7 +148,10 @@ def report(model_config: Any, settings: FierConfig, facts: dict[int, LayerFacts]
                 fact.kv_nbytes,
                 fact.index_nbytes,
             )
-            layers.append(_layer_report(number, layer, settings, shape, int(fact.counters[0])))
+            length = int(fact.counters[0])
+            # Until something is stored, no backend has been chosen.
+            backend = fact.backend if fact.batch_size else ""
+            layers.append(_layer_report(number, layer, settings, shape, length, backend))
     return Report(layers)
 
 
@@ -234,7 +240,12 @@ class _Shape:
 
 
 def _layer_report(
-    number: int, layer: LayerLayout, settings: FierConfig, shape: _Shape, length: int
+    number: int,
+    layer: LayerLayout,
+    settings: FierConfig,
+    shape: _Shape,
+    length: int,
+    backend: str = "",
 ) -> LayerReport:
     key_row, value_row = (size * shape.itemsize for size in (shape.head_dim, shape.value_head_dim))
     seen = _seen(layer, length)
@@ -269,6 +280,7 @@ def _layer_report(
         shape.kv_bytes,
         shape.index_bytes,
         ratio,
+        backend if kind == "sparse" else "",
     )
 
 
@@ -286,7 +298,7 @@ def _seen(layer: LayerLayout, length: int) -> int:
 
 
 def _without_number(layer: LayerReport) -> Iterable[Any]:
-    return (layer.kind, layer.reason, layer.tokens, layer.tokens_attended)
+    return (layer.kind, layer.reason, layer.backend, layer.tokens, layer.tokens_attended)
 
 
 def _readable(num_bytes: int) -> str:

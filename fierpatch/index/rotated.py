@@ -103,9 +103,13 @@ class RotatedIndex:
         num_groups = length // self.group_size
         if length < MIN_CALIBRATION_TOKENS or num_groups == 0:
             return False
-        chosen = torch.linspace(0, num_groups - 1, min(num_groups, _CALIBRATION_GROUPS)).long()
-        tokens = chosen[:, None] * self.group_size + torch.arange(self.group_size)
-        sampled = keys.index_select(2, tokens.flatten().to(keys.device))
+        num_chosen = min(num_groups, _CALIBRATION_GROUPS)
+        # Evenly spaced, and made where the keys are: a copy from the host would wait for them.
+        chosen = torch.arange(num_chosen, device=keys.device) * (num_groups - 1)
+        chosen //= max(num_chosen - 1, 1)
+        within = torch.arange(self.group_size, device=keys.device)
+        tokens = (chosen[:, None] * self.group_size + within).flatten()
+        sampled = keys.index_select(2, tokens)
         groups = finite_keys(sampled).unflatten(2, (-1, self.group_size))
         key_energy = (groups - groups.mean(3, keepdim=True)).square().mean((2, 3))  # [B, H, D]
         query_energy = finite_keys(query).square().mean(2)

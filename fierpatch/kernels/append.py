@@ -14,8 +14,13 @@ from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.launch import Constants, Launcher, aligned
-from fierpatch.kernels.quantize import TILE_SIZE, quantize_fier, quantize_rotated
+from fierpatch.kernels.launch import Specialization, aligned
+from fierpatch.kernels.quantize import (
+    TILE_SIZE,
+    quantize_fier,
+    quantize_rotated,
+    quantize_rotated_one,
+)
 
 _STORE_BLOCK = 64  # tokens a program stores of a prompt
 _INDEX_BLOCK = 8  # tokens stored at once before they are indexed
@@ -94,7 +99,12 @@ def _quantize(
         )
 
 
-@triton.jit(do_not_specialize=["num_new", "capacity", "tiles", "num_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "num_new", "capacity", "tiles", "num_heads", "key_stride_b", "key_stride_h",
+        "key_stride_t", "value_stride_b", "value_stride_h", "value_stride_t",
+    ]
+)  # fmt: skip
 def append_kernel(
     key_ptr,
     value_ptr,
@@ -154,6 +164,24 @@ def append_kernel(
             value_ptr, values_ptr, value_stride_t, first, num_new, stored, capacity,
             DV, BLOCK_DV, BLOCK_T,
         )  # fmt: skip
+    elif (
+        INDEX == 1
+        and num_new == 1
+        and start == stored
+        and stored < capacity
+        and (stored + 1) % GROUP != 0
+    ):
+        # The usual step. Nothing that it reads depends on what it stores.
+        quantize_rotated_one(
+            key_ptr,
+            planes_ptr + row * tiles * (BITS * 32 * D),
+            scale_ptr + row * tiles * TILE_SIZE,
+            third_ptr + row * tiles * (TILE_SIZE // GROUP * D),
+            balance_ptr + row * D, rotation_ptr, stored,
+            D, BLOCK_D, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
+        )  # fmt: skip
+        _store(key_ptr, keys_ptr, key_stride_t, 0, 1, stored, capacity, D, BLOCK_D, 1)
+        _store(value_ptr, values_ptr, value_stride_t, 0, 1, stored, capacity, DV, BLOCK_DV, 1)
     else:
         # Every program of a head stores all of its new tokens: each may quantise any of them.
         for first in range(0, num_new, BLOCK_T):
@@ -214,10 +242,6 @@ def index_kernel(
     )  # fmt: skip
 
 
-_append = Launcher(append_kernel)
-_index = Launcher(index_kernel)
-
-
 def append(
     index: KeyIndex | None,
     key: Tensor,
@@ -246,10 +270,9 @@ def append(
         parts = 1 if num_new == 1 else triton.cdiv(num_new, TOKENS_PER_TILE) + 1
         grid = (parts, batch_size * num_heads, 1)
         tensors, tiles = _tensors(state), state[0].shape[2]
-    _append(
+    append_specialization(index, head_dim, value.shape[3], key.dtype).launch(
         grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
         *key.stride()[:3], *value.stride()[:3],
-        constants=_append_constants(index, head_dim, value.shape[3]), num_warps=8,
     )  # fmt: skip
 
 
@@ -260,10 +283,9 @@ def index_range(index: KeyIndex, keys: Tensor, state: list[Tensor], start: int, 
     batch_size, num_heads, capacity, _ = keys.shape
     first_tile = start // TOKENS_PER_TILE
     grid = (triton.cdiv(stop, TOKENS_PER_TILE) - first_tile, batch_size * num_heads, 1)
-    _index(
-        grid, keys, *_tensors(state), start, stop, capacity, state[0].shape[2],
-        constants=_index_constants(index), num_warps=8,
-    )  # fmt: skip
+    index_specialization(index, keys.dtype).launch(
+        grid, keys, *_tensors(state), start, stop, capacity, state[0].shape[2]
+    )
 
 
 def kind(index: KeyIndex) -> int:
@@ -288,24 +310,30 @@ def _tensors(state: list[Tensor]) -> tuple[Tensor | None, ...]:
 
 
 @cache
-def _append_constants(index: KeyIndex | None, head_dim: int, value_head_dim: int) -> Constants:
-    common = dict(_common_constants(index, head_dim))
-    return (
-        ("INDEX", common.pop("INDEX")),
-        ("D", common.pop("D")),
-        ("DV", value_head_dim),
-        ("BLOCK_D", common.pop("BLOCK_D")),
-        ("BLOCK_DV", triton.next_power_of_2(value_head_dim)),
-        ("BLOCK_K", common.pop("BLOCK_K")),
-        ("BLOCK_ONE", common.pop("BLOCK_ONE")),
-        ("BLOCK_T", _STORE_BLOCK if index is None else _INDEX_BLOCK),
-        *common.items(),
-    )
+def append_specialization(
+    index: KeyIndex | None, head_dim: int, value_head_dim: int, dtype: torch.dtype
+) -> Specialization:
+    """Of `append_kernel`."""
+    common = _common_constants(index, head_dim)
+    constants = {
+        "INDEX": common["INDEX"],
+        "D": head_dim,
+        "DV": value_head_dim,
+        "BLOCK_D": common["BLOCK_D"],
+        "BLOCK_DV": triton.next_power_of_2(value_head_dim),
+        "BLOCK_K": common["BLOCK_K"],
+        "BLOCK_ONE": common["BLOCK_ONE"],
+        "BLOCK_T": _STORE_BLOCK if index is None else _INDEX_BLOCK,
+    }
+    rest = {name: value for name, value in common.items() if name not in constants}
+    return Specialization(append_kernel, constants | rest, num_warps=8)
 
 
 @cache
-def _index_constants(index: KeyIndex) -> Constants:
-    return tuple(_common_constants(index, index.head_dim).items())
+def index_specialization(index: KeyIndex, dtype: torch.dtype) -> Specialization:
+    """Of `index_kernel`."""
+    constants = _common_constants(index, index.head_dim)
+    return Specialization(index_kernel, constants, num_warps=8)
 
 
 def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:

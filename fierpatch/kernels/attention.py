@@ -9,14 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fierpatch.kernels.launch import Constants, Launcher, aligned
+from fierpatch.kernels.launch import Specialization, aligned
 from fierpatch.kernels.scores import LOG2_E, cap
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
 
 
-@triton.jit(do_not_specialize=["num_lists", "num_queries", "capacity", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_h", "stride_t", "num_lists", "num_queries", "capacity", "width"
+    ]
+)  # fmt: skip
 def gather_attention_kernel(
     query_ptr,
     keys_ptr,
@@ -46,6 +50,7 @@ def gather_attention_kernel(
     LISTS_PER_KV_HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
@@ -119,36 +124,34 @@ def gather_attention_kernel(
         is_full = False
         if HAS_COUNTERS:
             is_full = tl.load(counters_ptr) > capacity
-        splits = tl.arange(0, SPLITS)
+        splits = (row * SPLITS + tl.arange(0, SPLITS))[:, None]
         query_heads = num_lists * HEADS
         output_ptr += ((b * num_queries + t) * query_heads + list_ * HEADS) * DV
-        for g in tl.static_range(HEADS):
-            from_ = (row * SPLITS + splits) * HEADS + g
+        for first in tl.static_range(0, HEADS * DV, BLOCK_M):
+            column = first + tl.arange(0, BLOCK_M)
+            within = column < HEADS * DV
+            head_of = tl.minimum(column // DV, HEADS - 1)
             # Past the first-level cache, which does not see what other programs write.
-            sums = tl.load(log_sum_ptr + from_, cache_modifier=".cg")
+            sums = tl.load(log_sum_ptr + splits * HEADS + head_of[None, :], cache_modifier=".cg")
             parts = tl.load(
-                partial_ptr + from_[:, None] * DV + value_channel[None, :],
-                mask=(value_channel < DV)[None, :],
+                partial_ptr + splits * (HEADS * DV) + column[None, :],
+                mask=within[None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
             peak = tl.max(sums, axis=0)
             if HAS_SINK:
-                sink = tl.load(sink_ptr + list_ * HEADS + g).to(tl.float32) * LOG2_E
+                sink = tl.load(sink_ptr + list_ * HEADS + head_of).to(tl.float32) * LOG2_E
                 peak = tl.maximum(peak, sink)
             peak = tl.where(peak == float("-inf"), 0.0, peak)
-            shares = tl.exp2(sums - peak)
+            shares = tl.exp2(sums - peak[None, :])
             denominator = tl.sum(shares, axis=0)
             if HAS_SINK:
                 denominator += tl.exp2(sink - peak)
-            merged = tl.sum(parts * shares[:, None], axis=0)
-            merged = merged / tl.where(denominator > 0, denominator, 1.0)
+            merged = tl.sum(parts * shares, axis=0) / tl.where(denominator > 0, denominator, 1.0)
             # More tokens than the cache holds cannot raise on the device, but must not pass.
             merged = tl.where(is_full, float("nan"), merged)
-            tl.store(output_ptr + g * DV + value_channel, merged, mask=value_channel < DV)
-
-
-_attend = Launcher(gather_attention_kernel)
+            tl.store(output_ptr + column, merged, mask=within)
 
 
 def num_splits(num_rows: int, width: int) -> int:
@@ -190,6 +193,7 @@ def gather_attention(
     num_lists, width = token_indices.shape[1], token_indices.shape[3]
     num_rows = batch_size * num_lists * num_queries
     query = aligned(query if query.stride(3) == 1 else query.contiguous())
+    sink_logits = None if sink_logits is None else aligned(sink_logits)
     splits = num_splits(num_rows, width)
     if arrivals is None:
         arrivals = torch.zeros(num_rows, dtype=torch.int32, device=query.device)
@@ -199,17 +203,15 @@ def gather_attention(
         partial = query.new_empty(size * (value_head_dim + 1), dtype=torch.float32)
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
     has_cap = softcap > 0
-    _attend(
+    attend_specialization(
+        head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype, has_cap,
+        None if sink_logits is None else sink_logits.dtype, counters is not None,
+    ).launch(
         (num_rows, splits, 1),
         query, keys, values, token_indices, sink_logits, counters,
         partial, partial[size * value_head_dim :], arrivals, output,
         *query.stride()[:3], num_lists, num_queries, capacity, width,
         scale / softcap if has_cap else scale * _LOG2_E, softcap,
-        constants=_constants(
-            head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype,
-            has_cap, sink_logits is not None, counters is not None,
-        ),
-        num_warps=4,
     )  # fmt: skip
     return output
 
@@ -220,7 +222,7 @@ def partial_size(num_rows: int, width: int, heads: int, value_head_dim: int) -> 
 
 
 @cache
-def _constants(
+def attend_specialization(
     head_dim: int,
     value_head_dim: int,
     heads: int,
@@ -228,22 +230,25 @@ def _constants(
     splits: int,
     dtype: torch.dtype,
     has_cap: bool,
-    has_sink: bool,
+    sink_dtype: torch.dtype | None,
     has_counters: bool,
-) -> Constants:
+) -> Specialization:
+    """Of `gather_attention_kernel`."""
     widest = max(head_dim, value_head_dim)
-    return (
-        ("D", head_dim),
-        ("BLOCK_D", triton.next_power_of_2(head_dim)),
-        ("DV", value_head_dim),
-        ("BLOCK_DV", triton.next_power_of_2(value_head_dim)),
-        ("HEADS", heads),
-        ("BLOCK_H", max(16, triton.next_power_of_2(heads))),
-        ("LISTS_PER_KV_HEAD", lists_per_kv_head),
-        ("BLOCK_N", 16 if dtype == torch.float32 else 32 if widest > 128 else 64),
-        ("SPLITS", splits),
-        ("PRECISION", "ieee" if dtype == torch.float32 else "tf32"),
-        ("HAS_CAP", has_cap),
-        ("HAS_SINK", has_sink),
-        ("HAS_COUNTERS", has_counters),
-    )
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "DV": value_head_dim,
+        "BLOCK_DV": triton.next_power_of_2(value_head_dim),
+        "HEADS": heads,
+        "BLOCK_H": max(16, triton.next_power_of_2(heads)),
+        "LISTS_PER_KV_HEAD": lists_per_kv_head,
+        "BLOCK_N": 16 if dtype == torch.float32 else 32 if widest > 128 else 64,
+        "SPLITS": splits,
+        "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "HAS_CAP": has_cap,
+        "HAS_SINK": sink_dtype is not None,
+        "HAS_COUNTERS": has_counters,
+    }
+    return Specialization(gather_attention_kernel, constants, num_warps=8, num_stages=1)

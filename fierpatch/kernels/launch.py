@@ -15,68 +15,75 @@ from torch import Tensor
 
 from fierpatch.errors import BackendError
 
-Constants = tuple[tuple[str, Any], ...]
-
 is_interpreted: bool = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors, as tests ask for."""
 
 
-class Launcher:
-    """One kernel and what has been compiled of it.
+class Specialization:
+    """One kernel with all its constants, and what has been compiled of it for each device.
+
+    Made once for everything that a compiled kernel depends on: dtypes and missing tensors too.
 
     Args:
-        kernel: a ``triton.jit`` function. Its constants come last and no integer argument of it is
-            specialised.
+        kernel: a ``triton.jit`` function. Its constants come last, and no integer argument of it
+            is specialised.
+        constants: by name, in the kernel's order.
+        num_warps, num_stages: as Triton means them.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self._compiled: dict[Any, Any] = {}
+    __slots__ = ("_compiled", "_constants", "_kernel", "_values", "num_stages", "num_warps")
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        *arguments: Any,
-        constants: Constants,
-        num_warps: int,
-        num_stages: int = 2,
+    def __init__(
+        self, kernel: Any, constants: dict[str, Any], *, num_warps: int, num_stages: int = 2
     ) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._values = tuple(constants.values())
+        self._compiled: dict[int, Any] = {}
+        self.num_warps = num_warps
+        self.num_stages = num_stages
+
+    def launch(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launch on the current stream of the first argument's device.
 
         Args:
             grid: programs along the three axes; nothing happens if one is 0.
             *arguments: tensors (or None) and numbers, in the kernel's order.
-            constants: the kernel's constants in its order.
-            num_warps, num_stages: as Triton means them.
         """
         if 0 in grid:
             return
         if is_interpreted:
-            self.kernel[grid](*arguments, **dict(constants))
+            self._kernel[grid](*arguments, **self._constants)
             return
-        device = arguments[0].device
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(grid, arguments, constants, num_warps, num_stages)
+        index = arguments[0].device.index
+        if index == torch.cuda.current_device():
+            self._launch(index, grid, arguments)
         else:
-            self._launch(grid, arguments, constants, num_warps, num_stages)
+            with torch.cuda.device(index):
+                self._launch(index, grid, arguments)
 
-    def _launch(
-        self,
-        grid: tuple[int, int, int],
-        arguments: tuple[Any, ...],
-        constants: Constants,
-        num_warps: int,
-        num_stages: int,
-    ) -> None:
-        types = [a.dtype if isinstance(a, Tensor) else type(a) for a in arguments]
-        key = (constants, num_warps, torch.cuda.current_device(), *types)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments, *[value for _, value in constants])
+    def _launch(self, index: int, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        compiled = self._compiled.get(index)
+        if compiled is None:
+            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            self._compiled[index] = self._kernel[grid](*arguments, **self._constants, **options)
             return
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        self._compiled[key] = self.kernel[grid](*arguments, **dict(constants), **options)
+        if triton.knobs.runtime.launch_enter_hook is not None:  # a profiler wants to know more
+            compiled[grid](*arguments, *self._values)
+            return
+        # Addresses instead of tensors, which Triton would ask the driver about one by one.
+        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        compiled.run(
+            *grid,
+            torch._C._cuda_getCurrentRawStream(index),
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *addresses,
+            *self._values,
+        )
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -17,7 +17,11 @@ def load_query(query_ptr, head, channel, num_heads, stride_h, D: tl.constexpr):
     return tl.load(address, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "num_queries", "tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_h", "stride_t", "num_kv_heads", "num_queries", "tiles"
+    ]
+)  # fmt: skip
 def rotate_query_kernel(
     query_ptr,
     balance_ptr,
@@ -44,6 +48,7 @@ def rotate_query_kernel(
     OUT: tl.constexpr,
     GROUPS: tl.constexpr,
     NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Two tasks by program: rotate some channels, or ``q . mu`` of some groups.
 
@@ -112,7 +117,8 @@ def rotate_query_kernel(
                 mask=(group < num_groups)[:, None] & (channel < D)[None, :],
                 other=0.0,
             ).to(tl.float32)
-            mean = tl.dot(query, tl.trans(centre), input_precision="tf32x3") * logit_scale
+            # TF32 holds a float16 centre and a query of two bytes exactly.
+            mean = tl.dot(query, tl.trans(centre), input_precision=PRECISION) * logit_scale
             column = (row * all_groups + group)[None, :] * (BLOCKS * HEADS) + first
             written = (head < HEADS)[:, None] & (group < num_groups)[None, :]
             tl.store(mean_ptr + column + head[:, None], mean, mask=written)

@@ -1,10 +1,9 @@
-"""Choosing the tokens of a step: query transform, scores and selection, in five launches."""
+"""Choosing the tokens of a step: query transform, scores and selection, a launch each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -13,25 +12,20 @@ from torch import Tensor
 from fierpatch.index import KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.launch import Constants, Launcher, aligned
+from fierpatch.kernels.launch import Specialization, aligned
 from fierpatch.kernels.query import rotate_query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
-from fierpatch.kernels.top_k import compact_kernel, low_histogram_kernel, priority_kernel
+from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
 
 _LOG2_E = 1.4426950408889634
 _OUT = 32  # channels of the query a program rotates
 _GROUPS = 64  # groups a program multiplies with the query
 _MAX_HEADS = 8  # query heads a program scores
-_BLOCK = 4096  # tokens a program of the selection reads at once
+_MIN_BLOCK, _MAX_BLOCK = 2048, 4096  # tokens a program of the selection reads at once
+_TOKENS_PER_WARP = 512  # of them: what a warp does for its program costs as much as 100 tokens
 _MAX_CHUNKS = 64
-SCORE_WARPS = 2
-
-_rotate_query = Launcher(rotate_query_kernel)
-_rotated_scores = Launcher(rotated_scores_kernel)
-_fier_scores = Launcher(fier_scores_kernel)
-_priority = Launcher(priority_kernel)
-_low_histogram = Launcher(low_histogram_kernel)
-_compact = Launcher(compact_kernel)
+_MAX_PROGRAMS = 256  # of the selection: more would only wait for each other
+_BINS = 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Shape:
         tiles: tiles of 512 tokens that the index has room for.
         budget: tokens chosen a list.
         per_query_head: whether every query head has a list of its own.
-        block: tokens a program of the selection reads at once; a multiple of 512.
+        block: tokens a program of the selection reads at once, a multiple of 512; 0 chooses.
     """
 
     index: KeyIndex
@@ -55,44 +49,65 @@ class Shape:
     tiles: int
     budget: int
     per_query_head: bool
-    block: int = _BLOCK
+    block: int = 0
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Looked up at every launch, so worked out once.
+        sizes = (self.batch_size, self.num_kv_heads, self.num_groups, self.num_queries)
+        rest = (self.tiles, self.budget, self.per_query_head, self.block)
+        return hash((self.index, *sizes, *rest))
+
+    @cached_property
     def heads(self) -> int:
         """Query heads of one group that a program scores, a power of two."""
         return min(triton.next_power_of_2(self.num_groups), _MAX_HEADS)
 
-    @property
+    @cached_property
     def head_blocks(self) -> int:
         """Programs that share the query heads of one group."""
         return triton.cdiv(self.num_groups, self.heads)
 
-    @property
+    @cached_property
     def score_rows(self) -> int:
         """KV heads times queries: ``B * H * T``."""
         return self.batch_size * self.num_kv_heads * self.num_queries
 
-    @property
+    @cached_property
     def num_lists(self) -> int:
         """Lists of tokens a batch row and query: H, or Hq."""
         return self.num_kv_heads * (self.num_groups if self.per_query_head else 1)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Lists of tokens in all."""
         return self.batch_size * self.num_lists * self.num_queries
 
-    @property
-    def blocks_per_chunk(self) -> int:
-        """Blocks that a program of the selection reads one after the other."""
-        return triton.cdiv(self.tiles * TILE_SIZE, self.block * _MAX_CHUNKS)
+    @cached_property
+    def select_block(self) -> int:
+        """Tokens a program of the selection reads at once."""
+        share = self.tiles * TILE_SIZE * self.rows * 2 // _MAX_PROGRAMS
+        return self.block or (_MIN_BLOCK if share <= _MIN_BLOCK else _MAX_BLOCK)
 
-    @property
+    @cached_property
+    def blocks_per_chunk(self) -> int:
+        """Blocks that a program of the selection reads one after the other.
+
+        So many that all programs run at the same time, if rows are not too many for that.
+        """
+        blocks = triton.cdiv(self.tiles * TILE_SIZE, self.select_block)
+        most = max(min(_MAX_PROGRAMS // self.rows, _MAX_CHUNKS), 1)
+        return triton.cdiv(blocks, most)
+
+    @cached_property
     def chunks(self) -> int:
         """Programs of the selection a row."""
-        return triton.cdiv(self.tiles * TILE_SIZE, self.block * self.blocks_per_chunk)
+        return triton.cdiv(self.tiles * TILE_SIZE, self.select_block * self.blocks_per_chunk)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Slots of a list."""
         return min(self.budget, self.tiles * TILE_SIZE)
@@ -126,10 +141,11 @@ class Scratch:
         counts = (shape.batch_size, shape.num_queries, shape.tiles)
         self.count = empty(*counts, dtype=torch.int32)
         self.key = empty(shape.rows, tokens, dtype=torch.int16)
-        self.histogram = empty(shape.rows, shape.chunks, 256, dtype=torch.int32)
-        self.low_histogram = torch.empty_like(self.histogram)
-        chunks = triton.next_power_of_2(shape.chunks)
-        self.plan = empty(shape.rows, 3 * chunks + 8, dtype=torch.int32)
+        self.high = empty(shape.rows, _BINS, dtype=torch.int32)
+        self.low = torch.empty_like(self.high)
+        self.chunk_low = empty(shape.rows, shape.chunks, _BINS, dtype=torch.int32)
+        self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
+        self.plan = empty(shape.rows, 2, dtype=torch.int32)
 
     @property
     def nbytes(self) -> int:
@@ -193,12 +209,11 @@ def rotate(
     _, _, centre, balance, rotation = state
     groups = shape.tiles * TILE_SIZE // shape.index.group_size
     tasks = triton.cdiv(shape.index.head_dim, _OUT) + triton.cdiv(groups, _GROUPS)
-    _rotate_query(
+    rotate_specialization(shape, query.dtype).launch(
         (tasks, shape.score_rows, shape.head_blocks),
         query, balance, rotation, centre, counters,
         scratch.operand, scratch.total, scratch.unit, scratch.mean,
         *query.stride()[:3], shape.num_kv_heads, shape.num_queries, shape.tiles, logits.factor,
-        constants=_query_constants(shape), num_warps=4 if shape.index.head_dim <= 128 else 8,
     )  # fmt: skip
 
 
@@ -217,22 +232,19 @@ def score_tiles(
         visible = aligned(visible if visible.stride(3) == 1 else visible.contiguous())
         strides = (visible.stride(0) if visible.shape[0] > 1 else 0, visible.stride(2))
     grid = (shape.tiles, shape.score_rows, shape.head_blocks)
-    outputs = (scratch.logit, scratch.most, scratch.sum, scratch.count)
+    outputs = (scratch.logit, scratch.most, scratch.sum, scratch.count, scratch.high)
     sizes = (shape.num_kv_heads, shape.num_queries, shape.tiles)
-    constants = _score_constants(shape, visible is not None, logits.softcap > 0)
-    num_warps = SCORE_WARPS or (2 if shape.index.head_dim <= 128 else 4)
+    has_mask, has_cap = visible is not None, logits.softcap > 0
     if isinstance(shape.index, RotatedIndex):
-        _rotated_scores(
+        rotated_scores_specialization(shape, has_mask, has_cap).launch(
             grid, scratch.operand_bytes, scratch.total, scratch.unit, scratch.mean,
             state[0].view(torch.int8), state[1], counters, visible, *outputs,
             *strides, *sizes, logits.softcap,
-            constants=constants, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
     else:
-        _fier_scores(
+        fier_scores_specialization(shape, query.dtype, has_mask, has_cap).launch(
             grid, query, *state, counters, visible, *outputs,
             *query.stride()[:3], *strides, *sizes, logits.factor, logits.softcap,
-            constants=constants, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
 
 
@@ -240,104 +252,123 @@ def select(
     shape: Shape,
     scratch: Scratch,
     counters: Tensor,
-    arrivals: Tensor,
     *,
     sinks: int,
     recent: int,
     sink_logits: Tensor | None = None,
     has_mask: bool = False,
 ) -> Tensor:
-    """Token indices from what `score` left: int64 ``[B, H or Hq, T, width]``, as the reference's.
+    """Token indices from what `score` left: int64 ``[B, H or Hq, T, width]``.
 
-    arrivals is int32 zeros, one a row at least, and left as such.
+    The same tokens as `fierpatch.select.select` chooses from scores that round to the same keys.
     """
-    grid = (shape.chunks, shape.rows, 1)
-    _priority(
-        grid, scratch.logit, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
-        scratch.key, scratch.histogram, scratch.plan, arrivals,
-        shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.budget,
-        constants=_priority_constants(shape, has_mask, sink_logits is not None), num_warps=8,
-    )  # fmt: skip
-    return pick(shape, scratch, counters, arrivals)
-
-
-def pick(shape: Shape, scratch: Scratch, counters: Tensor, arrivals: Tensor) -> Tensor:
-    """The second half of `select`: the largest keys."""
-    grid = (shape.chunks, shape.rows, 1)
-    _low_histogram(
-        grid, scratch.key, scratch.low_histogram, counters, scratch.plan, arrivals,
-        shape.budget, shape.tiles,
-        constants=_pick_constants(shape), num_warps=8,
-    )  # fmt: skip
+    sink_logits = None if sink_logits is None else aligned(sink_logits)
     lists = (shape.batch_size, shape.num_lists, shape.num_queries, shape.width)
     token_indices = torch.empty(lists, dtype=torch.int64, device=scratch.key.device)
-    _compact(
-        grid, scratch.key, counters, scratch.plan, token_indices, shape.width, shape.tiles,
-        constants=(*_pick_constants(shape), ("BLOCK_W", 1024)), num_warps=8,
+    grid = (shape.chunks, shape.rows, 1)
+    sink_dtype = None if sink_logits is None else sink_logits.dtype
+    make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype)
+    make_keys.launch(
+        grid, scratch.logit, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
+        scratch.key, scratch.high, scratch.low,
+        shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
     )  # fmt: skip
+    parts = (scratch.high, scratch.low, scratch.chunk_low, scratch.chunk_over, scratch.plan)
+    sizes = (shape.tiles, shape.blocks_per_chunk)
+    count_low.launch(grid, scratch.key, *parts, counters, shape.budget, *sizes)
+    compact.launch(
+        grid, scratch.key, *parts, counters, token_indices, shape.budget, shape.width, *sizes
+    )
     return token_indices
 
 
 @cache
-def _query_constants(shape: Shape) -> Constants:
+def rotate_specialization(shape: Shape, dtype: torch.dtype) -> Specialization:
+    """Of `rotate_query_kernel`."""
     head_dim = shape.index.head_dim
-    return (
-        ("D", head_dim),
-        ("BLOCK_D", triton.next_power_of_2(head_dim)),
-        ("G", shape.num_groups),
-        ("HEADS", shape.heads),
-        ("BLOCKS", shape.head_blocks),
-        ("GROUP", shape.index.group_size),
-        ("OUT", _OUT),
-        ("GROUPS", _GROUPS),
-        ("NORM", rotation_norm(head_dim)),
-    )
-
-
-@cache
-def _score_constants(shape: Shape, has_mask: bool, has_cap: bool) -> Constants:
-    head_dim = shape.index.head_dim
-    channel_blocks = triton.cdiv(head_dim, _OUT)
-    sizes: dict[str, Any] = {
+    constants = {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "G": shape.num_groups,
+        "HEADS": shape.heads,
+        "BLOCKS": shape.head_blocks,
+        "GROUP": shape.index.group_size,
+        "OUT": _OUT,
+        "GROUPS": _GROUPS,
+        "NORM": rotation_norm(head_dim),
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
-    if isinstance(shape.index, RotatedIndex):
-        sizes |= {
-            "HEADS": shape.heads,
-            "BLOCKS": shape.head_blocks,
-            "BITS": shape.index.bits,
-            "GROUP": shape.index.group_size,
-            "CHANNEL_BLOCKS": channel_blocks,
-            "BLOCK_C": triton.next_power_of_2(channel_blocks),
-        }
-    else:
-        # The matrix units want 8 columns.
-        sizes |= {"HEADS": _MAX_HEADS, "GROUP": shape.index.group_size}
-    return (*sizes.items(), ("HAS_MASK", has_mask), ("HAS_CAP", has_cap))
+    num_warps = 4 if head_dim <= 128 else 8
+    return Specialization(rotate_query_kernel, constants, num_warps=num_warps)
 
 
 @cache
-def _priority_constants(shape: Shape, has_mask: bool, has_sink: bool) -> Constants:
+def rotated_scores_specialization(shape: Shape, has_mask: bool, has_cap: bool) -> Specialization:
+    """Of `rotated_scores_kernel`."""
+    assert isinstance(shape.index, RotatedIndex)
+    head_dim = shape.index.head_dim
+    channel_blocks = triton.cdiv(head_dim, _OUT)
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "G": shape.num_groups,
+        "HEADS": shape.heads,
+        "BLOCKS": shape.head_blocks,
+        "BITS": shape.index.bits,
+        "GROUP": shape.index.group_size,
+        "CHANNEL_BLOCKS": channel_blocks,
+        "BLOCK_C": triton.next_power_of_2(channel_blocks),
+        "LISTS": shape.num_lists // shape.num_kv_heads,
+        "HAS_MASK": has_mask,
+        "HAS_CAP": has_cap,
+    }
+    return Specialization(rotated_scores_kernel, constants, num_warps=2, num_stages=1)
+
+
+@cache
+def fier_scores_specialization(
+    shape: Shape, dtype: torch.dtype, has_mask: bool, has_cap: bool
+) -> Specialization:
+    """Of `fier_scores_kernel`."""
+    head_dim = shape.index.head_dim
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "G": shape.num_groups,
+        "HEADS": _MAX_HEADS,  # the matrix units want 8 columns
+        "GROUP": shape.index.group_size,
+        "LISTS": shape.num_lists // shape.num_kv_heads,
+        "HAS_MASK": has_mask,
+        "HAS_CAP": has_cap,
+    }
+    num_warps = 2 if head_dim <= 128 else 4
+    return Specialization(fier_scores_kernel, constants, num_warps=num_warps, num_stages=1)
+
+
+@cache
+def select_specializations(
+    shape: Shape, has_mask: bool, sink_dtype: torch.dtype | None
+) -> tuple[Specialization, Specialization, Specialization]:
+    """Of `key_kernel`, `low_kernel` and `compact_kernel`.
+
+    What grows with the context is no constant, or is one in few steps: a growing cache would
+    otherwise stop to compile.
+    """
     heads = 1 if shape.per_query_head else shape.num_groups
+    block = {"BLOCK": shape.select_block}
+    keys = {
+        "G": shape.num_groups,
+        "HEADS": heads,
+        "BLOCK_H": triton.next_power_of_2(heads),
+        **block,
+        "BLOCK_TILES": 256,
+        "HAS_MASK": has_mask,
+        "HAS_SINK": sink_dtype is not None,
+    }
+    chunks = {"CHUNKS": max(triton.next_power_of_2(shape.chunks), 8), "BLOCK_W": 1024}
+    num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
     return (
-        ("G", shape.num_groups),
-        ("HEADS", heads),
-        ("BLOCK_H", triton.next_power_of_2(heads)),
-        ("BLOCK", shape.block),
-        ("BLOCKS", shape.blocks_per_chunk),
-        ("CHUNKS", triton.next_power_of_2(shape.chunks)),
-        ("BLOCK_TILES", min(triton.next_power_of_2(shape.tiles), 256)),
-        ("HAS_MASK", has_mask),
-        ("HAS_SINK", has_sink),
-    )
-
-
-@cache
-def _pick_constants(shape: Shape) -> Constants:
-    return (
-        ("BLOCK", shape.block),
-        ("BLOCKS", shape.blocks_per_chunk),
-        ("CHUNKS", triton.next_power_of_2(shape.chunks)),
+        Specialization(key_kernel, keys, num_warps=num_warps),
+        Specialization(low_kernel, block, num_warps=num_warps),
+        Specialization(compact_kernel, block | chunks, num_warps=num_warps),
     )

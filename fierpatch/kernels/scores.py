@@ -34,6 +34,14 @@ def _load_visible(visible_ptr, token, length, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS: tl.constexpr):
+    """Zeros for the selection to count in, for the lists of one KV head and query."""
+    for list_ in range(0, LISTS):
+        row = (kv_row * LISTS + list_) * num_queries + t
+        tl.store(high_ptr + row * 256 + tl.arange(0, 256), tl.zeros([256], tl.int32))
+
+
+@triton.jit
 def _byte_weight(p: tl.constexpr):
     """Twice what one set bit p of a byte is worth, as the signed byte that AND leaves."""
     if p == 7:
@@ -83,8 +91,10 @@ def _weights_of(logit, most):
 
 
 @triton.jit(
-    do_not_specialize=["num_kv_heads", "num_queries", "tiles"],
-)
+    do_not_specialize=[
+        "visible_stride_b", "visible_stride_t", "num_kv_heads", "num_queries", "tiles"
+    ]
+)  # fmt: skip
 def rotated_scores_kernel(
     operand_ptr,
     total_ptr,
@@ -98,6 +108,7 @@ def rotated_scores_kernel(
     most_ptr,
     sum_ptr,
     count_ptr,
+    high_ptr,
     visible_stride_b: tl.int64,
     visible_stride_t: tl.int64,
     num_kv_heads,
@@ -113,6 +124,7 @@ def rotated_scores_kernel(
     GROUP: tl.constexpr,
     CHANNEL_BLOCKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LISTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
@@ -123,7 +135,8 @@ def rotated_scores_kernel(
     the two bytes of the query, interleaved with zeros. All sums are whole numbers, hence exact.
 
     Writes logit float32 ``[r, token, G]``, most and sum ``[r, tile, G]`` (the tile's largest logit
-    and its sum of ``2 ** (logit - most)``) and with a mask count int32 ``[b, t, tile]``.
+    and its sum of ``2 ** (logit - most)``) and with a mask count int32 ``[b, t, tile]``. Clears
+    high, in which the selection counts.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -133,6 +146,8 @@ def rotated_scores_kernel(
     length = tl.load(counters_ptr).to(tl.int32)
     if tile * TILE_SIZE >= length:
         return
+    if (tile == 0) and (block == 0):
+        _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
     if not HAS_MASK:
         length -= (num_queries - 1 - t).to(tl.int32)
     columns: tl.constexpr = 4 * HEADS
@@ -221,8 +236,11 @@ def rotated_scores_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_kv_heads", "num_queries", "tiles"],
-)
+    do_not_specialize=[
+        "stride_b", "stride_h", "stride_t", "visible_stride_b", "visible_stride_t",
+        "num_kv_heads", "num_queries", "tiles",
+    ]
+)  # fmt: skip
 def fier_scores_kernel(
     query_ptr,
     planes_ptr,
@@ -234,6 +252,7 @@ def fier_scores_kernel(
     most_ptr,
     sum_ptr,
     count_ptr,
+    high_ptr,
     stride_b: tl.int64,
     stride_h: tl.int64,
     stride_t: tl.int64,
@@ -249,6 +268,7 @@ def fier_scores_kernel(
     G: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    LISTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
@@ -267,6 +287,8 @@ def fier_scores_kernel(
     length = tl.load(counters_ptr).to(tl.int32)
     if tile * TILE_SIZE >= length:
         return
+    if (tile == 0) and (block == 0):
+        _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
     if not HAS_MASK:
         length -= (num_queries - 1 - t).to(tl.int32)
     r = tl.arange(0, ROWS)

@@ -1,8 +1,9 @@
 """Exact selection over long rows: a radix select on 16-bit keys, in three launches.
 
-A chunk is up to 64th of a row. Each program writes its own histogram and reads those of all chunks
-of its row, so there are no atomics and nothing to clear, and the result is the same in every run:
-positions ascend, and ties go to the lowest.
+The first makes keys and the row's histogram of their high bytes, the second the histogram of the
+low bytes of the keys at the threshold's high byte, the third the list. Only whole numbers are
+added up by atomics, so the result is the same in every run: positions ascend, and ties go to the
+lowest. Each launch has one program a chunk of a row, which it reads in blocks.
 
 A key orders tokens as their priority does, the mean over the query group of softmax: its bits as
 float32 without the sign and the lowest 14, so 9 bits of mantissa down to 2 ** -126. 0 is an
@@ -17,7 +18,6 @@ import triton.language as tl
 TILE_SIZE = tl.constexpr(512)
 BINS = tl.constexpr(256)
 ALWAYS = tl.constexpr(65535)
-PLAN = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -32,30 +32,6 @@ def _threshold(bins, k):
     bin_ = tl.sum((at_least >= k).to(tl.int32), axis=0) - 1
     above = tl.sum(tl.where(index > bin_, bins, 0), axis=0)
     return bin_, above
-
-
-@triton.jit
-def _load_histograms(histogram_ptr, chunks, CHUNKS: tl.constexpr):
-    """The histograms of the first `chunks` chunks: int32 ``[CHUNKS, BINS]``, 0 for the others."""
-    chunk = tl.arange(0, CHUNKS)
-    # Past the first-level cache, which does not see what other programs write.
-    return tl.load(
-        histogram_ptr + chunk[:, None] * BINS + tl.arange(0, BINS)[None, :],
-        mask=(chunk < chunks)[:, None],
-        other=0,
-        cache_modifier=".cg",
-    )
-
-
-@triton.jit
-def _is_last(arrivals_ptr, expected):
-    """Whether this program is the last of `expected` to come here; leaves the count at 0."""
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-    is_last = arrived == expected - 1
-    if is_last:
-        tl.store(arrivals_ptr, 0)
-    return is_last
 
 
 @triton.jit
@@ -91,8 +67,10 @@ def _log_sums(
     return tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), 0.0)
 
 
-@triton.jit(do_not_specialize=["num_lists", "num_queries", "tiles", "sinks", "recent", "budget"])
-def priority_kernel(
+@triton.jit(
+    do_not_specialize=["num_lists", "num_queries", "tiles", "sinks", "recent", "blocks"],
+)
+def key_kernel(
     logit_ptr,
     most_ptr,
     sum_ptr,
@@ -100,35 +78,32 @@ def priority_kernel(
     count_ptr,
     counters_ptr,
     key_ptr,
-    histogram_ptr,
-    plan_ptr,
-    arrivals_ptr,
+    high_ptr,
+    low_ptr,
     num_lists,
     num_queries,
     tiles,
     sinks,
     recent,
-    budget,
+    blocks,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SINK: tl.constexpr,
 ):
-    """Keys of one chunk of a row, and the histogram of their high bytes.
+    """Keys of one chunk of a row, int16 ``[row, token]``.
 
     A row is ``(b, list, t)``; a list is of HEADS of the G query heads of a KV head, all or one.
-    Writes key int16 ``[row, token]`` and histogram int32 ``[row, chunk, BINS]``. The last program
-    of a row finds the threshold's high byte: see `compact_kernel` for the plan.
+    Adds the keys' high bytes to high, int32 ``[row, BINS]``, which the scores have cleared, and
+    clears low, the same of low bytes.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(counters_ptr).to(tl.int32)
-    if chunk * (BLOCK * BLOCKS) >= length:
+    if chunk * (BLOCK * blocks) >= length:
         return
     t = row % num_queries
     list_ = row // num_queries % num_lists
@@ -153,15 +128,16 @@ def priority_kernel(
                 count_ptr + (b * num_queries + t) * tiles + tile, mask=tile < num_tiles, other=0
             )
             num_visible += tl.sum(counts, axis=0)
-            is_before = tile < chunk * (BLOCK * BLOCKS // TILE_SIZE)
+            is_before = tile < chunk * (BLOCK * blocks // TILE_SIZE)
             before += tl.sum(tl.where(is_before, counts, 0), axis=0)
     else:
         num_visible = length - (num_queries - 1 - t).to(tl.int32)
     logit_ptr += score_row * tiles * TILE_SIZE * G + first_head
     key_ptr += row * tiles * TILE_SIZE
+    bin_ = tl.arange(0, BINS)
     bins = tl.zeros([BINS], tl.int32)
-    for i in range(0, BLOCKS):
-        token = (chunk * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(0, blocks):
+        token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
         logit = tl.load(
             logit_ptr + token[:, None].to(tl.int64) * G + head[None, :],
             mask=(token < length)[:, None] & (head < HEADS)[None, :],
@@ -180,120 +156,145 @@ def priority_kernel(
         key = tl.where(is_visible, key, 0)
         tl.store(key_ptr + token, key.to(tl.int16), mask=token < length)
         bins += tl.histogram(key >> 8, BINS, mask=key > 0)
-    histogram_ptr += row * tl.num_programs(0) * BINS
-    tl.store(histogram_ptr + chunk * BINS + tl.arange(0, BINS), bins)
-    chunks = tl.cdiv(length, BLOCK * BLOCKS)
-    if _is_last(arrivals_ptr + row, chunks):
-        all_bins = _load_histograms(histogram_ptr, chunks, CHUNKS)
-        high, above = _threshold(tl.sum(all_bins, axis=0), budget)
-        is_over = tl.arange(0, BINS)[None, :] > high
-        each = tl.arange(0, CHUNKS)
-        plan_ptr += row * (3 * CHUNKS + PLAN)
-        tl.store(plan_ptr, high)
-        tl.store(plan_ptr + 1, above)
-        tl.store(plan_ptr + PLAN + each, tl.sum(tl.where(is_over, all_bins, 0), axis=1))
+    tl.atomic_add(high_ptr + row * BINS + bin_, bins, mask=bins > 0, sem="relaxed")
+    if chunk == 0:
+        tl.store(low_ptr + row * BINS + bin_, tl.zeros([BINS], tl.int32))
 
 
-@triton.jit(do_not_specialize=["budget", "tiles"])
-def low_histogram_kernel(
+@triton.jit(do_not_specialize=["budget", "tiles", "blocks"])
+def low_kernel(
     key_ptr,
-    histogram_ptr,
-    counters_ptr,
+    high_ptr,
+    low_ptr,
+    chunk_low_ptr,
+    chunk_over_ptr,
     plan_ptr,
-    arrivals_ptr,
+    counters_ptr,
     budget,
     tiles,
+    blocks,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ):
-    """The histogram of one chunk's low bytes, of the keys whose high byte is at the threshold.
+    """The keys of one chunk that are above the threshold's high byte, or have it.
 
-    histogram is int32 ``[row, chunk, BINS]``. The last program of a row completes its plan.
+    Writes chunk_over int32 ``[row, chunk]``, how many are above; chunk_low int32 ``[row, chunk,
+    BINS]``, the low bytes of those that have it, and adds these to low; plan int32 ``[row, 2]``,
+    the high byte and how many keys of the row are above it.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(counters_ptr).to(tl.int32)
-    if chunk * (BLOCK * BLOCKS) >= length:
+    if chunk * (BLOCK * blocks) >= length:
         return
-    plan_ptr += row * (3 * CHUNKS + PLAN)
-    high = tl.load(plan_ptr)
-    above = tl.load(plan_ptr + 1)
+    bin_ = tl.arange(0, BINS)
+    high, above = _threshold(tl.load(high_ptr + row * BINS + bin_), budget)
+    place = row * tl.num_programs(0) + chunk
     key_ptr += row * tiles * TILE_SIZE
+    low_ptr += row * BINS
+    chunk_low_ptr += place * BINS
+    over = 0
+    equal = 0
+    for i in range(0, blocks):
+        token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
+        byte = _load_key(key_ptr, token, length) >> 8
+        # One sum counts both.
+        both = tl.sum((byte > high).to(tl.int32) + (byte == high).to(tl.int32) * 65536, axis=0)
+        over += both & 65535
+        equal += both >> 16
+    tl.store(chunk_over_ptr + place, over)
     bins = tl.zeros([BINS], tl.int32)
-    for i in range(0, BLOCKS):
-        token = (chunk * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
-        key = _load_key(key_ptr, token, length)
-        bins += tl.histogram(key & 255, BINS, mask=(key > 0) & ((key >> 8) == high))
-    histogram_ptr += row * tl.num_programs(0) * BINS
-    tl.store(histogram_ptr + chunk * BINS + tl.arange(0, BINS), bins)
-    chunks = tl.cdiv(length, BLOCK * BLOCKS)
-    if _is_last(arrivals_ptr + row, chunks):
-        all_bins = _load_histograms(histogram_ptr, chunks, CHUNKS)
-        low, above_low = _threshold(tl.sum(all_bins, axis=0), budget - above)
-        index = tl.arange(0, BINS)[None, :]
-        each = tl.arange(0, CHUNKS)
-        # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
-        has_cut = high >= 0
-        over = tl.load(plan_ptr + PLAN + each, mask=each < chunks, other=0)
-        over += tl.sum(tl.where((index > low) & has_cut, all_bins, 0), axis=1)
-        tied = tl.sum(tl.where(index == low, all_bins, 0), axis=1)
-        tl.store(plan_ptr + 2, tl.where(has_cut, high * BINS + low, 0))
-        tl.store(plan_ptr + 3, tl.where(has_cut, budget - above - above_low, 0))
-        tl.store(plan_ptr + 4, tl.where(has_cut, budget, above))
-        tl.store(plan_ptr + PLAN + CHUNKS + each, tl.cumsum(over, axis=0) - over)
-        tl.store(plan_ptr + PLAN + 2 * CHUNKS + each, tl.cumsum(tied, axis=0) - tied)
+    # Few keys share the high byte as a rule, and those are counted one by one.
+    is_dense = equal > BLOCK // 8
+    if is_dense:
+        for i in range(0, blocks):
+            token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
+            key = _load_key(key_ptr, token, length)
+            bins += tl.histogram(key & 255, BINS, mask=(key > 0) & ((key >> 8) == high))
+        tl.atomic_add(low_ptr + bin_, bins, mask=bins > 0, sem="relaxed")
+    tl.store(chunk_low_ptr + bin_, bins)
+    if not is_dense:
+        tl.debug_barrier()
+        one = tl.full([BLOCK], 1, tl.int32)
+        for i in range(0, blocks):
+            token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
+            key = _load_key(key_ptr, token, length)
+            is_counted = (key > 0) & ((key >> 8) == high)
+            tl.atomic_add(chunk_low_ptr + (key & 255), one, mask=is_counted, sem="relaxed")
+            tl.atomic_add(low_ptr + (key & 255), one, mask=is_counted, sem="relaxed")
+    if chunk == 0:
+        tl.store(plan_ptr + row * 2, high)
+        tl.store(plan_ptr + row * 2 + 1, above)
 
 
-@triton.jit(do_not_specialize=["width", "tiles"])
+@triton.jit(do_not_specialize=["budget", "width", "tiles", "blocks"])
 def compact_kernel(
     key_ptr,
-    counters_ptr,
+    high_ptr,
+    low_ptr,
+    chunk_low_ptr,
+    chunk_over_ptr,
     plan_ptr,
+    counters_ptr,
     token_index_ptr,
+    budget,
     width,
     tiles,
+    blocks,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Write the chosen tokens of one chunk where they belong in the row's list.
 
-    A row's plan, int32 ``[PLAN + 3 * CHUNKS]``, is the high byte of the key at the threshold, how
-    many tokens are above that, the key itself, how many of the tokens that have it are chosen, how
-    many tokens are chosen in all; then for each chunk its tokens above the high byte, and how many
-    tokens over the threshold and how many at it come before the chunk.
     token_index int64 ``[row, width]`` ascends; slots that a row does not fill are -1, at the end.
+    Clears high, so that the same scores may be selected from again.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(counters_ptr).to(tl.int32)
-    if chunk * (BLOCK * BLOCKS) >= length:
+    if chunk * (BLOCK * blocks) >= length:
         return
-    plan_ptr += row * (3 * CHUNKS + PLAN)
-    cut = tl.load(plan_ptr + 2)
-    num_ties = tl.load(plan_ptr + 3)
-    num_chosen = tl.load(plan_ptr + 4)
-    over_before = tl.load(plan_ptr + PLAN + CHUNKS + chunk)
-    tied_before = tl.load(plan_ptr + PLAN + 2 * CHUNKS + chunk)
+    bin_ = tl.arange(0, BINS)
+    each = tl.arange(0, CHUNKS)
+    high = tl.load(plan_ptr + row * 2)
+    above = tl.load(plan_ptr + row * 2 + 1)
+    # What the chunks before this one take.
+    place = row * tl.num_programs(0) + each
+    is_before = each < chunk
+    lows = tl.load(
+        chunk_low_ptr + place[:, None] * BINS + bin_[None, :], mask=is_before[:, None], other=0
+    )
+    overs = tl.load(chunk_over_ptr + place, mask=is_before, other=0)
+    low, above_low = _threshold(tl.load(low_ptr + row * BINS + bin_), budget - above)
+    # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
+    has_cut = high >= 0
+    cut = tl.where(has_cut, high * BINS + low, 0)
+    num_ties = tl.where(has_cut, budget - above - above_low, 0)
+    num_chosen = tl.where(has_cut, budget, above)
+    lows = tl.sum(lows, axis=0)
+    over = tl.sum(overs, axis=0) + tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
+    tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
     key_ptr += row * tiles * TILE_SIZE
     token_index_ptr += row * width
-    for i in range(0, BLOCKS):
-        token = (chunk * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(0, blocks):
+        token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
         key = _load_key(key_ptr, token, length)
+        is_over = key > cut
+        is_tied = (key == cut) & (key > 0)
         # One scan counts both: tokens over the threshold in the low half of a word, at it above.
-        marks = (key > cut).to(tl.int32) + ((key == cut) & (key > 0)).to(tl.int32) * 65536
+        marks = is_over.to(tl.int32) + is_tied.to(tl.int32) * 65536
         counts = tl.cumsum(marks, axis=0)
-        over = over_before + (counts & 65535)
-        tied = tied_before + (counts >> 16)
-        is_chosen = (key > cut) | ((key == cut) & (key > 0) & (tied <= num_ties))
-        slot = over + tl.minimum(tied, num_ties) - 1
+        over_until = over + (counts & 65535)
+        tied_until = tied + (counts >> 16)
+        slot = over_until + tl.minimum(tied_until, num_ties) - 1
+        is_chosen = is_over | (is_tied & (tied_until <= num_ties))
+        is_chosen = is_chosen & (slot < width)  # as it is, if the counts are right
         tl.store(token_index_ptr + slot, token.to(tl.int64), mask=is_chosen)
         total = tl.sum(marks, axis=0)
-        over_before += total & 65535
-        tied_before += total >> 16
+        over += total & 65535
+        tied += total >> 16
     if chunk == 0:
+        tl.store(high_ptr + row * BINS + bin_, tl.zeros([BINS], tl.int32))
         for start in range(0, width, BLOCK_W):
             unused = start + tl.arange(0, BLOCK_W)
             empty = tl.full([BLOCK_W], -1, tl.int64)

@@ -21,7 +21,7 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_retrieve(Tensor query, Tensor[] state, Tensor counters, Tensor(a!) arrivals, "
+    "triton_retrieve(Tensor query, Tensor[] state, Tensor counters, "
     f"Tensor? visible, Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, "
     "bool per_query_head, float scale, float softcap) -> Tensor",
     tags=_TAGS,
@@ -57,7 +57,6 @@ def _retrieve(
     query: Tensor,
     state: list[Tensor],
     counters: Tensor,
-    arrivals: Tensor,
     visible: Tensor | None,
     sink_logits: Tensor | None,
     index: str,
@@ -87,7 +86,7 @@ def _retrieve(
     logits = retrieve.Logits(scale, softcap)
     retrieve.score(shape, scratch, query, state, counters, logits, visible)
     return retrieve.select(
-        shape, scratch, counters, arrivals, sinks=sinks, recent=recent,
+        shape, scratch, counters, sinks=sinks, recent=recent,
         sink_logits=sink_logits, has_mask=visible is not None,
     )  # fmt: skip
 
@@ -96,7 +95,6 @@ def _retrieve_fake(
     query: Tensor,
     state: list[Tensor],
     counters: Tensor,
-    arrivals: Tensor,
     visible: Tensor | None,
     sink_logits: Tensor | None,
     index: str,

@@ -151,7 +151,7 @@ class KernelOperators:
         config = self.config
         if torch.compiler.is_compiling():
             token_indices = torch.ops.fierpatch.triton_retrieve.default(
-                query, state, counters, self.arrivals, visible, sink_logits,
+                query, state, counters, visible, sink_logits,
                 *self._index_arguments, config.budget, config.sinks, config.recent,
                 config.per_query_head, scale, softcap,
             )  # fmt: skip
@@ -165,7 +165,7 @@ class KernelOperators:
         logits = retrieve.Logits(scale, softcap)
         retrieve.score(shape, scratch, query, state, counters, logits, visible)
         token_indices = retrieve.select(
-            shape, scratch, counters, self.arrivals, sinks=config.sinks, recent=config.recent,
+            shape, scratch, counters, sinks=config.sinks, recent=config.recent,
             sink_logits=sink_logits, has_mask=visible is not None,
         )  # fmt: skip
         size = attention.partial_size(

@@ -25,9 +25,13 @@ class Operators(Protocol):
     the last calibration, and one that kernels use.
     """
 
-    name: str
-    buffers: tuple[Tensor, ...]
-    """Tensors of the operators' own that a compiled step writes to."""
+    @property
+    def name(self) -> str:
+        """The backend: ``"reference"`` or ``"triton"``."""
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Tensors of the operators' own that a compiled step writes to."""
 
     def settle(self, keys: Tensor) -> None:
         """Make room for a batch of such ``keys [B, H, C, D]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def test_before_any_run_there_is_nothing_to_count() -> None:
     assert report.kv_bytes == report.index_bytes == report.bytes_read == 0
     assert report.active_fraction == 1.0
     assert all(layer.tokens == layer.tokens_attended == 0 for layer in report.layers)
+    assert {layer.backend for layer in report.layers} == {""}
     assert "total" in str(report)
 
 
@@ -78,6 +80,32 @@ def test_numbers_outlive_the_cache_and_the_next_run_replaces_them() -> None:
         assert handle.report().layers[3].tokens == 102
         model.generate(prompt(20), max_new_tokens=3)
         assert handle.report().layers[3].tokens == 22
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_sparse_layer_names_the_backend_that_ran_it(backend: str, is_static: bool) -> None:
+    model = tiny_model("gemma3")
+    with fierpatch.apply(model, budget=64, backend=backend, compile=is_static) as handle:
+        model.generate(prompt(100), max_new_tokens=3)
+        report = handle.report()
+    backends = [layer.backend for layer in report.layers]
+    assert backends == ["", "", "", "reference", "", "reference"]
+    lines = [line for line in str(report).splitlines() if "sparse" in line]
+    assert lines
+    assert all(line.endswith("rotated index, 1 bit, one list a KV head, reference") for line in lines)
+
+
+def test_layers_that_different_backends_ran_do_not_share_a_line() -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, budget=64, dense_layers=0) as handle:
+        cache = handle.new_cache()
+        with torch.no_grad():
+            model(prompt(100), past_key_values=cache)
+        cache.facts[3].backend = "triton"
+        text = str(handle.report(cache))
+    ends = [line.rsplit(None, 1)[-1] for line in text.splitlines()[1:-1]]
+    assert ends == ["reference", "triton"]
 
 
 @pytest.mark.parametrize("per_query_head", [False, True])
@@ -142,7 +170,10 @@ def test_an_estimate_is_the_report_of_the_run() -> None:
     with fierpatch.apply(model, budget=64) as handle, torch.no_grad():
         cache = handle.new_cache()
         model(prompt(700, 2), past_key_values=cache)
-        assert handle.report() == fierpatch.estimate(model, 700, 2, settings=handle.config)
+        run = handle.report().layers
+    estimate = fierpatch.estimate(model, 700, 2, settings=handle.config)
+    # Which backend runs is not known before there are tensors.
+    assert [replace(layer, backend="") for layer in run] == estimate.layers
 
 
 def test_an_estimate_takes_the_dtype_of_the_model_or_its_configuration() -> None:

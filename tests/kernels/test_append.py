@@ -6,7 +6,8 @@ import torch
 from hypothesis import example, given
 
 from fierpatch.index import FierIndex, RotatedIndex
-from kernels.checks import Feed, check_append, feeds, few
+from kernels.feeds import Feed, check_append, feeds
+from kernels.tensors import few
 from strategies import channel_offsets, constants, one_infinity, one_nan, one_outlier, ties
 
 CPU = torch.device("cpu")
@@ -35,8 +36,8 @@ def test_tokens_past_the_capacity_are_counted_but_not_written(feed: Feed) -> Non
     check_append(short, CPU)
 
 
-@few(3)
-@given(feed=feeds(longest=10))
+@few(1)
+@given(feed=feeds(longest=10, heads=1))
 @example(feed=Feed(FierIndex(64), 0, 0, (1,), batch_size=2, num_kv_heads=3, layout="strided"))
 def test_a_piece_of_many_tiles_is_indexed_at_once(feed: Feed) -> None:
     check_append(Feed(**{**vars(feed), "pieces": (*feed.pieces, 520)}), CPU)

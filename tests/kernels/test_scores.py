@@ -7,7 +7,10 @@ import torch
 from hypothesis import example, given
 
 from fierpatch.index import FierIndex, RotatedIndex
-from kernels.checks import Retrieval, check_agreement, check_scores, few, retrievals
+from kernels.choices import check_agreement
+from kernels.scores import check_scores
+from kernels.steps import Retrieval, retrievals
+from kernels.tensors import few
 from strategies import Shape, channel_offsets, heavy_tails, left_padded_visible
 
 CPU = torch.device("cpu")

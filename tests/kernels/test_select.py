@@ -6,17 +6,9 @@ import torch
 from hypothesis import example, given
 
 from fierpatch.index import FierIndex
-from kernels.checks import (
-    Choice,
-    Retrieval,
-    check_choice,
-    choices,
-    few,
-    gentle,
-    level,
-    peaked,
-    wide,
-)
+from kernels.choices import Choice, check_choice, choices, gentle, level, peaked, wide
+from kernels.steps import Retrieval
+from kernels.tensors import few
 from strategies import Shape, heavy_tails, left_padded_visible, ties
 
 INDEX = FierIndex(8)
@@ -27,14 +19,15 @@ def shape(length: int, num_queries: int = 1, num_groups: int = 4, batch_size: in
     return Shape(batch_size, 1, num_groups, num_queries, length, 8, 8)
 
 
-@few(40)
+@few(20)
 @given(choice=choices())
 @example(Choice(Retrieval(INDEX, shape(2048), budget=300), level))
 @example(Choice(Retrieval(INDEX, shape(2047), budget=513, sinks=4, recent=16), ties, 2))
 @example(Choice(Retrieval(INDEX, shape(1500, num_groups=11), budget=64), heavy_tails, 1))
 @example(Choice(Retrieval(INDEX, shape(1600, 3), budget=9, recent=9, room=2), wide))
 @example(Choice(Retrieval(INDEX, shape(1025), budget=1100, per_query_head=True), wide, 2))
-@example(Choice(Retrieval(INDEX, shape(1024), budget=1024, has_sink=True), gentle))
+@example(Choice(Retrieval(INDEX, shape(1024), budget=200, has_sink=True), gentle))
+@example(Choice(Retrieval(INDEX, shape(1024), budget=1024), gentle, 2))
 @example(Choice(Retrieval(INDEX, shape(1024), budget=20, per_query_head=True), peaked, 3))
 @example(
     Choice(

@@ -1,0 +1,226 @@
+"""Which tokens a kernel has to choose, given logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fierpatch import reference
+from fierpatch.index.packing import TILE_SIZE, num_tiles
+from kernels.scores import exact_logits, exact_priorities, log_sums
+from kernels.steps import Retrieval, Step, make_step, retrievals
+from oracles import FLOAT32_EPS
+from strategies import heavy_tails, ties
+
+KEY_SHIFT = 14  # bits of a float32 priority that a selection key leaves out
+ALWAYS = 65535  # the key of a sink or a recent
+SMALLEST = 2.0**-126  # priorities below are all alike
+
+
+def gentle(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return 3 * torch.randn(shape, generator=generator)
+
+
+def wide(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Most weights are below what float32 holds."""
+    return 200 * torch.randn(shape, generator=generator)
+
+
+def level(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.full(shape, 7.0)
+
+
+def peaked(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """One token in a hundred is far above the rest, which are equal."""
+    return 40.0 * (torch.rand(shape, generator=generator) < 0.01)
+
+
+LOGITS = (gentle, heavy_tails, ties, wide, level, peaked)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Logits of a kind, and into how many chunks their rows are cut at most."""
+
+    case: Retrieval
+    logits: Callable[..., Tensor]
+    max_chunks: int = 64
+
+
+@st.composite
+def choices(
+    draw: st.DrawFn, *, longest: int = 2500, most_rows: int = 2, block: int = 512
+) -> Choice:
+    case = draw(retrievals(longest=longest, most_rows=most_rows, block=block))
+    index = replace(case.index, head_dim=8)  # nothing reads it
+    axes = replace(case.shape, head_dim=8, value_head_dim=8)
+    case = replace(case, index=index, shape=axes, softcap=0.0)
+    return Choice(case, draw(st.sampled_from(LOGITS)), draw(st.sampled_from((1, 2, 3, 64))))
+
+
+@contextmanager
+def chunks_at_most(num_chunks: int) -> Iterator[None]:
+    """Let a selection have so few programs a row that each reads several blocks."""
+    from fierpatch.kernels import retrieve
+
+    def clear() -> None:
+        for value in vars(retrieve).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+    before = retrieve._MAX_CHUNKS
+    clear()
+    retrieve._MAX_CHUNKS = num_chunks
+    try:
+        yield
+    finally:
+        retrieve._MAX_CHUNKS = before
+        clear()
+
+
+def inject(step: Step, logits: Tensor) -> Tensor:
+    """Have the scratch hold ``logits [B, H, T, S, G]`` as if `score` had left them.
+
+    Returns the logits with -inf where invisible.
+    """
+    axes, scratch = step.case.shape, step.scratch
+    logits = logits.float().masked_fill(~step.case.seen.unsqueeze(4), -torch.inf)
+    tiles = num_tiles(axes.length)
+    pad = tiles * TILE_SIZE - axes.length
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, pad), value=-torch.inf).flatten(0, 2)
+    scratch.logit[:, : tiles * TILE_SIZE] = padded.to(step.device)
+    by_tile = padded.double().unflatten(1, (tiles, -1))
+    most = by_tile.amax(2)
+    total = torch.exp2(by_tile - most.nan_to_num(neginf=0.0).unsqueeze(2)).sum(2)
+    scratch.most[:, :tiles] = most.float().to(step.device)
+    scratch.sum[:, :tiles] = total.float().to(step.device)
+    if step.case.visible is not None:
+        seen = torch.nn.functional.pad(step.case.seen[:, 0], (0, pad))
+        scratch.count[:, :, :tiles] = seen.unflatten(2, (tiles, -1)).sum(3).int().to(step.device)
+    return logits
+
+
+def key_bounds(step: Step, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest key that rounding may give each token: ``[B, H or Hq, T, S]``."""
+    case, axes = step.case, step.case.shape
+    logits = logits.double()
+    sums = log_sums(step, logits).unsqueeze(3)  # [B, H, T, 1, G]
+    # A sum over tiles, an exp2 and a log2 of 4 roundings each, and float32's hold on the result.
+    sum_error = 1.5 * (num_tiles(axes.length) + 16) + 2 * sums.abs()
+    distance = (logits - sums).abs().nan_to_num(posinf=0.0)
+    relative = math.log(2) * (sum_error + distance) + 4 + axes.num_groups + 2
+    relative = relative * FLOAT32_EPS
+    if case.per_query_head:
+        error = relative.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    else:
+        # A sum of positive terms is off by no more than the worst of those that matter.
+        error = relative.masked_fill(logits - sums < -150, 0.0).amax(4)
+    priority = exact_priorities(step, logits)
+
+    def key_of(x: Tensor) -> Tensor:
+        bits = x.clamp_min(0.0).float().view(torch.int32)
+        return (bits >> KEY_SHIFT).clamp(1, ALWAYS - 1)
+
+    tiny = axes.num_groups * SMALLEST
+    least, largest = key_of(priority * (1 - error) - tiny), key_of(priority * (1 + error) + 2e-42)
+    seen = case.seen.expand_as(priority)
+    rank = seen.cumsum(-1)
+    is_kept = (rank <= case.sinks) | (rank > rank[..., -1:] - case.recent)
+    return tuple(key.masked_fill(is_kept, ALWAYS).masked_fill(~seen, 0) for key in (least, largest))  # type: ignore[return-value]
+
+
+def assert_well_formed(token_indices: Tensor) -> None:
+    """Ascending positions, each once, then -1."""
+    is_used = token_indices >= 0
+    follows = token_indices[..., 1:] > token_indices[..., :-1]
+    assert (follows | ~is_used[..., 1:]).all()
+    assert (token_indices[~is_used] == -1).all()
+
+
+def check_chosen(step: Step, found: Tensor, logits: Tensor) -> None:
+    """Exactly the largest keys, ties to the lowest position, ascending, -1 behind.
+
+    Where rounding leaves two keys open for a token, the list has to suit one of them.
+    """
+    case = step.case
+    assert found.shape[-1] == min(case.budget, step.shape.tiles * TILE_SIZE)
+    assert_well_formed(found)
+    least, largest = key_bounds(step, logits)
+    assert found.shape[:3] == least.shape[:3]
+    for place in np.ndindex(found.shape[:3]):
+        chosen = found[place][found[place] >= 0]
+        low, high = least[place], largest[place]
+        is_seen = low > 0
+        assert is_seen[chosen].all()
+        assert len(chosen) == min(case.budget, int(is_seen.sum()))
+        is_left = is_seen.clone()
+        is_left[chosen] = False
+        if len(chosen) and is_left.any():
+            left = is_left.nonzero()[:, 0]
+            worst, best = high[chosen].min(), low[left].max()
+            assert worst >= best
+            if worst == best:
+                assert chosen[high[chosen] == worst].max() < left[low[left] == best].min()
+
+
+def check_choice(choice: Choice, device: torch.device) -> None:
+    """Twice with one scratch, on rows of two lengths: nothing is left of the first."""
+    with chunks_at_most(choice.max_chunks):
+        step = make_step(choice.case, device, is_indexed=False)
+        axes = choice.case.shape
+        generator = torch.Generator().manual_seed(choice.case.seed)
+        lengths = {axes.length, max(axes.length * 2 // 3, axes.num_queries)}
+        for length in sorted(lengths, reverse=True):
+            visible = choice.case.visible
+            if visible is not None and visible.shape[3] > 1:
+                visible = visible[..., :length]
+            shorter = replace(axes, length=length)
+            step = replace(step, case=replace(choice.case, shape=shorter, visible=visible))
+            step.counters[:2] = length
+            lead = (axes.batch_size, axes.num_kv_heads, axes.num_queries, length)
+            logits = inject(step, choice.logits((*lead, axes.num_groups), generator))
+            check_chosen(step, step.select().cpu(), logits)
+
+
+def check_agreement(case: Retrieval, device: torch.device) -> None:
+    """The reference's tokens, but for those that rounding makes equal to the last one chosen."""
+    step = make_step(case, device)
+    step.score()
+    found = step.select().cpu()
+    axes = case.shape
+    expected = reference.select_from_index(
+        case.index,
+        step.state,
+        step.query,
+        axes.length,
+        budget=case.budget,
+        sinks=case.sinks,
+        recent=case.recent,
+        per_query_head=case.per_query_head,
+        scale=case.scale,
+        softcap=case.softcap,
+        sink_logits=step.sink_logits,
+        visible=case.seen,
+    )
+    assert_well_formed(found)
+    assert found.shape[:3] == expected.shape[:3]
+    num_chosen = (found >= 0).sum(-1)
+    assert torch.equal(num_chosen, (expected >= 0).sum(-1))
+    logits, error = exact_logits(step)
+    allowed = error.masked_fill(~case.seen.unsqueeze(4), 0.0).amax().item()
+    priorities = exact_priorities(step, logits)
+    # A logit and its log-sum are off by `allowed` each, for the one token as for the other.
+    margin = 4 * allowed + math.log2(1 + 2.0**-9)
+    for place in np.ndindex(found.shape[:3]):
+        ours, theirs = (set(lists[place].tolist()) for lists in (found, expected))
+        missed, taken = theirs - ours - {-1}, ours - theirs - {-1}
+        if missed:
+            priority = priorities[place].clamp_min(SMALLEST).log2()
+            assert priority[list(missed)].max() <= priority[list(taken)].min() + margin
