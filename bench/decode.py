@@ -220,30 +220,47 @@ def whole(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
-    """The stages of `LayerCache.attend`, as functions without arguments."""
+    """The stages of `LayerCache.attend` by kernels, as functions without arguments."""
+    if layer.operators.name == "reference":
+        return {}
+    from fierpatch.kernels import attention, retrieve
+
     config, scale = layer.config, query.shape[3] ** -0.5
+    state, counters, logits = layer.state, layer.counters, retrieve.Logits(scale)
+    shape = retrieve.Shape(
+        index=layer.operators.index,
+        batch_size=query.shape[0],
+        num_kv_heads=layer.keys.shape[1],
+        num_groups=query.shape[1] // layer.keys.shape[1],
+        num_queries=1,
+        tiles=state[0].shape[2],
+        budget=config.budget,
+        per_query_head=config.per_query_head,
+    )
+    scratch = retrieve.Scratch(shape, query.device)
+    arrivals = torch.zeros(shape.rows, dtype=torch.int32, device=query.device)
 
-    def retrieve() -> Tensor:
-        return torch.ops.fierpatch.retrieve.default(
+    def select() -> Tensor:
+        return retrieve.select(shape, scratch, counters, sinks=config.sinks, recent=config.recent)
+
+    retrieve.score(shape, scratch, query, state, counters, logits)
+    chosen = select()
+    return {
+        "query transform": lambda: retrieve.rotate(shape, scratch, query, state, counters, logits),
+        "scores": lambda: retrieve.score_tiles(
+            shape, scratch, query, state, counters, logits, None
+        ),
+        "select": select,
+        "attend to rows": lambda: attention.gather_attention(
             query,
-            layer.state,
-            layer.counters,
-            None,
-            None,
-            *layer.index_arguments,
-            config.budget,
-            config.sinks,
-            config.recent,
-            config.per_query_head,
-            scale,
-            0.0,
-        )
-
-    token_indices = retrieve()
-
-    def attend_to_rows() -> Tensor:
-        return torch.ops.fierpatch.attend.default(
-            query, layer.keys, layer.values, token_indices, None, scale, 0.0
-        )
-
-    return {"retrieve": retrieve, "attend to rows": attend_to_rows}
+            layer.keys,
+            layer.values,
+            chosen,
+            scale=scale,
+            counters=counters,
+            arrivals=arrivals,
+        ),
+        "attend to all": lambda: attention.dense_attention(
+            query, layer.keys, layer.values, counters, scale=scale, arrivals=arrivals
+        ),
+    }

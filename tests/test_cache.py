@@ -95,10 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert torch.equal(values[:, :, : self.stored], self.values)
         assert keys.shape[2] == (STATIC_CAPACITY if self.is_static else self.stored)
         for tensor in (keys, values):
-            if self.is_dense:
-                assert not hasattr(tensor, MARK)
-            else:
-                assert getattr(tensor, MARK)() is self.layer
+            assert getattr(tensor, MARK)() is self.layer
         return True
 
     @rule(count=st.integers(LONGEST_QUERY + 1, 200), is_indexed=st.booleans())

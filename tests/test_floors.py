@@ -168,6 +168,44 @@ def test_importing_the_package_touches_no_gpu() -> None:
     )
 
 
+DECODE = """
+import sys, torch
+from fierpatch import FierConfig
+from fierpatch.cache import LayerCache
+layer = LayerCache(FierConfig(budget=24))
+for length in (40, 1):
+    query = torch.randn(1, 4, length, 16)
+    layer.update(query[:, :2], query[:, 2:])
+    if length == 40:
+        layer.index_prompt(query)
+layer.attend(query, visible=None, scale=0.25)
+assert "triton" not in sys.modules
+"""
+GENERATE = """
+import sys, torch, fierpatch
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 64}
+model = LlamaForCausalLM(LlamaConfig(intermediate_size=32, **sizes)).eval()
+handle = fierpatch.apply(model, budget=24)
+prompt = torch.arange(40)[None]
+for implementation in (None, "static"):
+    options = {"cache_implementation": implementation, "disable_compile": True}
+    model.generate(prompt, attention_mask=prompt > -1, max_new_tokens=3, **options)
+    assert handle.report().layers[2].backend == "reference"
+kernels = ("fierpatch.kernels", "fierpatch.ops.kernel_")
+assert not [name for name in sys.modules if name.startswith(kernels)]
+"""
+
+
+def test_retrieval_on_a_cpu_loads_no_triton() -> None:
+    run_in_new_process(DECODE)
+
+
+def test_generate_on_a_cpu_loads_no_kernels() -> None:
+    """Triton it may: transformers' models import PyTorch's compiler, which does."""
+    run_in_new_process(GENERATE)
+
+
 def run_in_new_process(script: str) -> None:
     subprocess.run([sys.executable, "-c", script], cwd=PACKAGE.parent, check=True)
 

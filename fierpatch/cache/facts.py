@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from fierpatch.index import nbytes
+
 if TYPE_CHECKING:
     from fierpatch.cache.layer import LayerCache
 
@@ -39,3 +41,13 @@ class LayerFacts:
     itemsize: int = 0
     kv_nbytes: int = 0
     index_nbytes: int = 0
+
+    def record(self, layer: LayerCache) -> None:
+        """Take down the layer's sizes and keep its counters."""
+        keys, values = layer.keys, layer.values
+        self.counters, self.backend = layer.counters, layer.operators.name
+        self.batch_size, self.num_kv_heads, _, self.head_dim = keys.shape
+        self.value_head_dim = values.shape[3]
+        self.itemsize = keys.element_size()
+        self.kv_nbytes = keys.nbytes + values.nbytes
+        self.index_nbytes = 0 if layer.index is None else nbytes(layer.index, layer.state)

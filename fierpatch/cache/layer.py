@@ -12,7 +12,7 @@ from fierpatch.cache.checks import check_capacity, check_fit, check_positions
 from fierpatch.cache.facts import LayerFacts, Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
-from fierpatch.index import KeyIndex, map_batch, nbytes, resize
+from fierpatch.index import KeyIndex, map_batch, resize
 from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
@@ -92,7 +92,7 @@ class LayerCache:
 
         Returns:
             The new tensors themselves at the first prompt; else all valid rows (growing) or the
-            whole buffers (static). Marked with this layer unless it is dense.
+            whole buffers (static). Marked with this layer.
 
         Raises:
             CacheMismatchError: another batch size, head count, head_dim, dtype or device than
@@ -129,9 +129,8 @@ class LayerCache:
                 self.keys[:, :, : stored + num_new],
                 self.values[:, :, : stored + num_new],
             )
-        if not self.is_dense:
-            setattr(keys, MARK, self._mark)
-            setattr(values, MARK, self._mark)
+        setattr(keys, MARK, self._mark)
+        setattr(values, MARK, self._mark)
         return keys, values
 
     def index_prompt(self, query: Tensor) -> None:
@@ -149,8 +148,8 @@ class LayerCache:
         scale: float,
         softcap: float = 0.0,
         sink_logits: Tensor | None = None,
-    ) -> Tensor:
-        """Retrieval attention of the newest tokens.
+    ) -> Tensor | None:
+        """Attention of the newest tokens: retrieval, or over all of them where the layer is dense.
 
         Args:
             query: ``[B, Hq, T, D]``.
@@ -160,8 +159,12 @@ class LayerCache:
             sink_logits: ``[Hq]``, a logit a head without a token, as in GPT-OSS.
 
         Returns:
-            ``[B, T, Hq, Dv]``.
+            ``[B, T, Hq, Dv]``, or None where a dense layer is left to the model's own attention.
         """
+        if self.is_dense:
+            return self.operators.attend_all(
+                query, self.keys, self.values, self.counters, visible, sink_logits, scale, softcap
+            )
         output, token_indices = self.operators.attend(
             query,
             self.keys,
@@ -278,12 +281,7 @@ class LayerCache:
             buffers = (self.keys, self.values, self.counters, *self.state)
             for tensor in (*buffers, *self.operators.buffers):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.facts.counters, self.facts.backend = self.counters, self.operators.name
-        self.facts.batch_size, self.facts.num_kv_heads, _, self.facts.head_dim = self.keys.shape
-        self.facts.value_head_dim = self.values.shape[3]
-        self.facts.itemsize = self.keys.element_size()
-        self.facts.kv_nbytes = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
-        self.facts.index_nbytes = 0 if self.index is None else nbytes(self.index, self.state)
+        self.facts.record(self)
 
 
 def _is_recorded(like: Tensor) -> bool:

@@ -49,29 +49,28 @@ def _make_attention(base: str, max_query_length: int) -> Attention:
         layer = _layer_of(key, value)
         is_short = query.shape[2] <= max_query_length
         if layer is not None and is_short:
-            _check_retrievable(module, attention_mask, kwargs)
-            if base == "eager" and kwargs.get("output_attentions"):
-                raise ConfigError(
-                    "output_attentions=True asks for a weight for every token, and retrieval "
-                    "computes those of the chosen ones: ask for it under handle.disabled()"
+            if not layer.is_dense:
+                _check_retrievable(module, attention_mask, kwargs)
+                _check_outputs(base, kwargs)
+            if not layer.is_dense or _is_plain(base, attention_mask, kwargs):
+                # SDPA ignores both, and a patched model must agree with the unpatched one.
+                is_sdpa = base == "sdpa"
+                output = layer.attend(
+                    query,
+                    visible=attention_mask,
+                    scale=float(scaling if scaling is not None else query.shape[3] ** -0.5),
+                    softcap=0.0 if is_sdpa else float(kwargs.get("softcap") or 0.0),
+                    sink_logits=None if is_sdpa else kwargs.get("s_aux"),
                 )
-            # SDPA ignores both, and a patched model must agree with the unpatched one.
-            is_plain = base == "sdpa"
-            output = layer.attend(
-                query,
-                visible=attention_mask,
-                scale=float(scaling if scaling is not None else query.shape[3] ** -0.5),
-                softcap=0.0 if is_plain else float(kwargs.get("softcap") or 0.0),
-                sink_logits=None if is_plain else kwargs.get("s_aux"),
-            )
-            return output, None
+                if output is not None:
+                    return output, None
         if is_short:
             attention_mask = _to_base_mask(attention_mask, base, query.dtype)
         base_attention = _base_attention(module, base)
         result = base_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        if layer is not None:
+        if layer is not None and not layer.is_dense and not is_short:
             layer.index_prompt(query)
         return result
 
@@ -110,6 +109,21 @@ def _check_retrievable(module: nn.Module, mask: Tensor | None, kwargs: dict[str,
             f"{tuple(mask.shape)}: pass a 2-D padding mask or a boolean 4-D one, or decode under "
             "handle.disabled()"
         )
+
+
+def _check_outputs(base: str, kwargs: dict[str, Any]) -> None:
+    if base == "eager" and kwargs.get("output_attentions"):
+        raise ConfigError(
+            "output_attentions=True asks for a weight for every token, and retrieval computes "
+            "those of the chosen ones: ask for it under handle.disabled()"
+        )
+
+
+def _is_plain(base: str, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a dense layer asks for nothing that its own implementation alone can do."""
+    is_simple_mask = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    is_asked = base == "eager" and kwargs.get("output_attentions")
+    return is_simple_mask and kwargs.get("position_bias") is None and not is_asked
 
 
 def _to_base_mask(mask: Tensor | None, base: str, dtype: torch.dtype) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import ClassVar, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles
 FLOAT16_MAX = 65504.0
 
 
-class KeyIndex(Protocol):
+class KeyIndex(Hashable, Protocol):
     """What stands for the keys of one layer when tokens are scored.
 
     An index is a frozen description; its tensors are a list, the *state*, so that operators can

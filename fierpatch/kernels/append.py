@@ -264,12 +264,11 @@ def append(
     key, value = _rows(key), _rows(value)
     capacity = keys.shape[2]
     if index is None:
-        grid = (triton.cdiv(num_new, _STORE_BLOCK), batch_size * num_heads, 1)
-        tensors, tiles = (None,) * 5, 0
+        parts, state = triton.cdiv(num_new, _STORE_BLOCK), []
     else:
         parts = 1 if num_new == 1 else triton.cdiv(num_new, TOKENS_PER_TILE) + 1
-        grid = (parts, batch_size * num_heads, 1)
-        tensors, tiles = _tensors(state), state[0].shape[2]
+    grid = (parts, batch_size * num_heads, 1)
+    tensors, tiles = _tensors(state), state[0].shape[2] if state else 0
     append_specialization(index, head_dim, value.shape[3], key.dtype).launch(
         grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
         *key.stride()[:3], *value.stride()[:3],

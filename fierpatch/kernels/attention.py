@@ -1,4 +1,4 @@
-"""Exact attention over a list of positions, split over programs, merged by the last of them."""
+"""Exact attention over a list of positions or all, split over programs, merged by the last."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from fierpatch.kernels.scores import LOG2_E, cap
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
+_MAX_DENSE_SPLITS = 64
 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_b", "stride_h", "stride_t", "num_lists", "num_queries", "capacity", "width"
+        "stride_b", "stride_h", "stride_t", "visible_stride_b", "visible_stride_t",
+        "num_lists", "num_queries", "capacity", "width",
     ]
 )  # fmt: skip
 def gather_attention_kernel(
@@ -26,6 +28,7 @@ def gather_attention_kernel(
     keys_ptr,
     values_ptr,
     token_index_ptr,
+    visible_ptr,
     sink_ptr,
     counters_ptr,
     partial_ptr,
@@ -35,6 +38,8 @@ def gather_attention_kernel(
     stride_b: tl.int64,
     stride_h: tl.int64,
     stride_t: tl.int64,
+    visible_stride_b: tl.int64,
+    visible_stride_t: tl.int64,
     num_lists,
     num_queries,
     capacity,
@@ -52,11 +57,15 @@ def gather_attention_kernel(
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_LIST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_COUNTERS: tl.constexpr,
 ):
     """The query heads of one list over one split of it; a row is ``(b, list, t)``.
+
+    Without a list, over one split of all tokens stored that the mask, or causality, allows.
 
     The softmax is online (Milakov and Gimelshein, arXiv 1805.02867), in units of log2.
     partial is float32 ``[row, split, HEADS, DV]``, log_sum float32 ``[row, split, HEADS]``, output
@@ -78,7 +87,14 @@ def gather_attention_kernel(
         mask=(head < HEADS)[:, None] & (channel < D)[None, :],
         other=0.0,
     )
-    token_index_ptr += row * width
+    if HAS_LIST:
+        token_index_ptr += row * width
+    else:
+        width = tl.minimum(tl.load(counters_ptr).to(tl.int32), capacity)
+        if HAS_MASK:
+            visible_ptr += b * visible_stride_b + t * visible_stride_t
+        else:
+            width -= (num_queries - 1 - t).to(tl.int32)
     keys_ptr += kv_row * capacity * D
     values_ptr += kv_row * capacity * DV
     most = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -87,8 +103,14 @@ def gather_attention_kernel(
     share = tl.cdiv(tl.cdiv(width, SPLITS), BLOCK_N) * BLOCK_N
     for start in range(split * share, tl.minimum(split * share + share, width), BLOCK_N):
         place = start + slot
-        token = tl.load(token_index_ptr + place, mask=place < width, other=-1)
-        is_used = token >= 0
+        if HAS_LIST:
+            token = tl.load(token_index_ptr + place, mask=place < width, other=-1)
+            is_used = token >= 0
+        else:
+            token = place.to(tl.int64)
+            is_used = place < width
+            if HAS_MASK:
+                is_used = is_used & (tl.load(visible_ptr + place, mask=is_used, other=0) != 0)
         keys = tl.load(
             keys_ptr + token[:, None] * D + channel[None, :],
             mask=is_used[:, None] & (channel < D)[None, :],
@@ -162,6 +184,14 @@ def num_splits(num_rows: int, width: int) -> int:
     return splits
 
 
+def num_dense_splits(num_rows: int, capacity: int) -> int:
+    """Programs that share all tokens of one row: enough to fill a GPU twice."""
+    splits = 1
+    while splits < _MAX_DENSE_SPLITS and num_rows * splits < 256 and splits * 256 < capacity:
+        splits *= 2
+    return splits
+
+
 def gather_attention(
     query: Tensor,
     keys: Tensor,
@@ -188,37 +218,103 @@ def gather_attention(
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype.
     """
+    batch_size, num_queries = query.shape[0], query.shape[2]
+    num_lists, width = token_indices.shape[1], token_indices.shape[3]
+    splits = num_splits(batch_size * num_lists * num_queries, width)
+    return _attend(
+        query, keys, values, token_indices, None, num_lists, width, splits,
+        scale, softcap, sink_logits, counters, arrivals, partial,
+    )  # fmt: skip
+
+
+def dense_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counters: Tensor,
+    visible: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    arrivals: Tensor | None = None,
+    partial: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest tokens over all that are stored, their number read on the device.
+
+    Args:
+        counters: int64; the first is the number of tokens stored.
+        visible: bool ``[B or 1, 1, T, S]``; None means causal.
+
+    Returns:
+        ``[B, T, Hq, Dv]``. Other arguments as in `gather_attention`.
+    """
+    num_kv_heads, capacity = keys.shape[1], keys.shape[2]
+    num_rows = query.shape[0] * num_kv_heads * query.shape[2]
+    splits = num_dense_splits(num_rows, capacity)
+    return _attend(
+        query, keys, values, None, visible, num_kv_heads, capacity, splits,
+        scale, softcap, sink_logits, counters, arrivals, partial,
+    )  # fmt: skip
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor | None,
+    visible: Tensor | None,
+    num_lists: int,
+    width: int,
+    splits: int,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+    counters: Tensor | None,
+    arrivals: Tensor | None,
+    partial: Tensor | None,
+) -> Tensor:
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, capacity, value_head_dim = keys.shape[1], keys.shape[2], values.shape[3]
-    num_lists, width = token_indices.shape[1], token_indices.shape[3]
     num_rows = batch_size * num_lists * num_queries
     query = aligned(query if query.stride(3) == 1 else query.contiguous())
     sink_logits = None if sink_logits is None else aligned(sink_logits)
-    splits = num_splits(num_rows, width)
+    strides = (0, 0)
+    if visible is not None:
+        visible = aligned(visible if visible.stride(3) == 1 else visible.contiguous())
+        strides = (visible.stride(0) if visible.shape[0] > 1 else 0, visible.stride(2))
     if arrivals is None:
         arrivals = torch.zeros(num_rows, dtype=torch.int32, device=query.device)
     heads = num_heads // num_lists
     size = num_rows * splits * heads
     if partial is None:
-        partial = query.new_empty(size * (value_head_dim + 1), dtype=torch.float32)
+        room = partial_size(num_rows, splits, heads, value_head_dim)
+        partial = query.new_empty(room, dtype=torch.float32)
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
     has_cap = softcap > 0
     attend_specialization(
         head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype, has_cap,
         None if sink_logits is None else sink_logits.dtype, counters is not None,
+        token_indices is not None, visible is not None,
     ).launch(
         (num_rows, splits, 1),
-        query, keys, values, token_indices, sink_logits, counters,
-        partial, partial[size * value_head_dim :], arrivals, output,
-        *query.stride()[:3], num_lists, num_queries, capacity, width,
+        query, keys, values, token_indices, visible, sink_logits, counters,
+        partial, partial[_round_up(size * value_head_dim) :], arrivals, output,
+        *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
         scale / softcap if has_cap else scale * _LOG2_E, softcap,
     )  # fmt: skip
     return output
 
 
-def partial_size(num_rows: int, width: int, heads: int, value_head_dim: int) -> int:
-    """Float32 numbers that the splits of `gather_attention` write for each other."""
-    return num_rows * num_splits(num_rows, width) * heads * (value_head_dim + 1)
+def partial_size(num_rows: int, splits: int, heads: int, value_head_dim: int) -> int:
+    """Float32 numbers that so many splits of every row write for each other."""
+    size = num_rows * splits * heads
+    return _round_up(size * value_head_dim) + size
+
+
+def _round_up(size: int) -> int:
+    """A number of float32 that ends on an aligned address."""
+    return -(-size // 4) * 4
 
 
 @cache
@@ -232,6 +328,8 @@ def attend_specialization(
     has_cap: bool,
     sink_dtype: torch.dtype | None,
     has_counters: bool,
+    has_list: bool,
+    has_mask: bool,
 ) -> Specialization:
     """Of `gather_attention_kernel`."""
     widest = max(head_dim, value_head_dim)
@@ -247,8 +345,14 @@ def attend_specialization(
         "SPLITS": splits,
         "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "HAS_LIST": has_list,
+        "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
         "HAS_SINK": sink_dtype is not None,
         "HAS_COUNTERS": has_counters,
     }
-    return Specialization(gather_attention_kernel, constants, num_warps=8, num_stages=1)
+    # A list is a block or two a program; all tokens are many, and worth fetching ahead.
+    num_warps, num_stages = (8, 1) if has_list else (4, 3)
+    return Specialization(
+        gather_attention_kernel, constants, num_warps=num_warps, num_stages=num_stages
+    )

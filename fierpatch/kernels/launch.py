@@ -68,22 +68,7 @@ class Specialization:
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             self._compiled[index] = self._kernel[grid](*arguments, **self._constants, **options)
             return
-        if triton.knobs.runtime.launch_enter_hook is not None:  # a profiler wants to know more
-            compiled[grid](*arguments, *self._values)
-            return
-        # Addresses instead of tensors, which Triton would ask the driver about one by one.
-        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        compiled.run(
-            *grid,
-            torch._C._cuda_getCurrentRawStream(index),
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *addresses,
-            *self._values,
-        )
+        compiled[grid](*arguments, *self._values)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -196,9 +196,11 @@ def low_kernel(
     equal = 0
     for i in range(0, blocks):
         token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        byte = _load_key(key_ptr, token, length) >> 8
+        key = _load_key(key_ptr, token, length)
+        is_over = (key > 0) & ((key >> 8) > high)
+        is_equal = (key > 0) & ((key >> 8) == high)
         # One sum counts both.
-        both = tl.sum((byte > high).to(tl.int32) + (byte == high).to(tl.int32) * 65536, axis=0)
+        both = tl.sum(is_over.to(tl.int32) + is_equal.to(tl.int32) * 65536, axis=0)
         over += both & 65535
         equal += both >> 16
     tl.store(chunk_over_ptr + place, over)

@@ -32,6 +32,12 @@ _LIBRARY.define(
     "-> Tensor",
     tags=_TAGS,
 )
+_LIBRARY.define(
+    "triton_attend_all(Tensor query, Tensor keys, Tensor values, Tensor counters, "
+    "Tensor(a!) arrivals, Tensor? visible, Tensor? sink_logits, float scale, float softcap) "
+    "-> Tensor",
+    tags=_TAGS,
+)
 
 
 def _append(
@@ -146,9 +152,44 @@ def _attend_fake(
     return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
 
 
+def _attend_all(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counters: Tensor,
+    arrivals: Tensor,
+    visible: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Output ``[B, T, Hq, Dv]`` of attention over all tokens stored."""
+    return attention.dense_attention(
+        query, keys, values, counters, visible, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, arrivals=arrivals,
+    )  # fmt: skip
+
+
+def _attend_all_fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counters: Tensor,
+    arrivals: Tensor,
+    visible: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    batch_size, num_query_heads, num_queries, _ = query.shape
+    return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
+
+
 _LIBRARY.impl("triton_append", _append, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
+torch.library.register_fake("fierpatch::triton_attend_all", _attend_all_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_retrieve", _retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", _attend_fake, lib=_LIBRARY)

@@ -168,15 +168,42 @@ class KernelOperators:
             shape, scratch, counters, sinks=config.sinks, recent=config.recent,
             sink_logits=sink_logits, has_mask=visible is not None,
         )  # fmt: skip
-        size = attention.partial_size(
-            shape.rows, shape.width, query.shape[1] // shape.num_lists, values.shape[3]
-        )
+        splits = attention.num_splits(shape.rows, shape.width)
+        heads = query.shape[1] // shape.num_lists
+        size = attention.partial_size(shape.rows, splits, heads, values.shape[3])
         output = attention.gather_attention(
             query, keys, values, token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
             partial=self.workspace.partial_of(size, query.device),
         )  # fmt: skip
         return output, token_indices
+
+    def attend_all(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor | None:
+        """See `Operators`."""
+        if torch.compiler.is_compiling():
+            output: Tensor = torch.ops.fierpatch.triton_attend_all.default(
+                query, keys, values, counters, self.arrivals, visible, sink_logits, scale, softcap
+            )
+            return output
+        rows = query.shape[0] * keys.shape[1] * query.shape[2]
+        splits = attention.num_dense_splits(rows, keys.shape[2])
+        heads = query.shape[1] // keys.shape[1]
+        size = attention.partial_size(rows, splits, heads, values.shape[3])
+        return attention.dense_attention(
+            query, keys, values, counters, visible, scale=scale, softcap=softcap,
+            sink_logits=sink_logits, arrivals=self.arrivals,
+            partial=self.workspace.partial_of(size, query.device),
+        )  # fmt: skip
 
     @property
     def _index_arguments(self) -> tuple[str, int, int, int]:

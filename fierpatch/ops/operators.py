@@ -82,6 +82,19 @@ class Operators(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Retrieval attention: ``[B, T, Hq, Dv]`` and the token indices."""
 
+    def attend_all(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor | None:
+        """Attention over all tokens stored, or None to leave it to the model's own."""
+
 
 @dataclass(frozen=True)
 class ReferenceOperators:
@@ -156,6 +169,20 @@ class ReferenceOperators:
             query, keys, values, token_indices, sink_logits, scale, softcap
         )
         return output, token_indices
+
+    def attend_all(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor | None:
+        """See `Operators`."""
+        return None
 
 
 def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:

@@ -22,9 +22,10 @@ pytestmark = [
 
 NUM_RUNS = 10
 CAPACITIES = pytest.mark.parametrize(
-    "lengths", [(700,), (700, 1500), (1500, 700)], ids=["one capacity", "growing", "shrinking"]
+    "lengths", [(700,), (700, 1500)], ids=["one capacity", "growing"]
 )
-MODES = pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+# Every mode compiles anew in every test, for up to half a minute.
+MODES = pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,11 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, Static
 import fierpatch
 from fierpatch import FierCache, FierConfig, FierError
 from fierpatch.errors import (
+    BackendError,
     CacheMismatchError,
     CapacityError,
     ConfigError,
+    MissingDependencyError,
     ModelError,
     NotYetSupportedError,
     PositionLimitError,
@@ -191,6 +193,35 @@ def test_a_planned_option_says_that_it_is_planned(options: dict[str, Any]) -> No
     model = tiny_model("llama")
     with nothing_changes(model), pytest.raises(NotYetSupportedError):
         fierpatch.apply(model, **options)
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_kernels_that_cannot_run_are_refused_and_nothing_is_stored(
+    is_static: bool, is_installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_installed:
+        pytest.importorskip("triton", reason="Triton is not installed")
+        refused = pytest.raises(BackendError, match=r"CUDA device and got cpu.*\"reference\"")
+    else:
+        monkeypatch.setattr("fierpatch.ops.operators.find_spec", lambda name: None)
+        refused = pytest.raises(MissingDependencyError, match=r"pip install fierpatch\[triton\]")
+    model = tiny_model("llama")
+    expected = model.generate(prompt(20), max_new_tokens=4)
+    with nothing_changes(model):
+        handle = fierpatch.apply(model, budget=24, backend="triton", compile=is_static)
+        with refused:
+            model.generate(prompt(20), max_new_tokens=4)
+        assert all(layer.tokens == layer.kv_bytes == 0 for layer in handle.report().layers)
+        cache = handle.new_cache(64)
+        with refused, torch.no_grad():
+            model(prompt(20), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert not any(layer.is_initialized for layer in cache.layers)
+        handle.remove()
+        assert torch.equal(model.generate(prompt(20), max_new_tokens=4), expected)
+        with fierpatch.apply(model, budget=24, compile=is_static):
+            assert torch.equal(model.generate(prompt(20), max_new_tokens=4), expected)
 
 
 def test_a_model_in_training_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fierpatch import reference
 from fierpatch.index.packing import TILE_SIZE, num_tiles
 from kernels.scores import exact_logits, exact_priorities, log_sums
-from kernels.steps import Retrieval, Step, make_step, retrievals
+from kernels.steps import Build, Retrieval, Step, make_step, retrievals
 from oracles import FLOAT32_EPS
 from strategies import heavy_tails, ties
 
@@ -42,7 +42,14 @@ def peaked(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return 40.0 * (torch.rand(shape, generator=generator) < 0.01)
 
 
-LOGITS = (gentle, heavy_tails, ties, wide, level, peaked)
+def lopsided(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The first third is equal, and about half of the rest, far apart, is above it."""
+    logits = 15 * torch.randn(shape, generator=generator)
+    logits[..., : shape[-2] // 3, :] = 0.0
+    return logits
+
+
+LOGITS = (gentle, heavy_tails, ties, wide, level, peaked, lopsided)
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,15 @@ class Choice:
 
 @st.composite
 def choices(
-    draw: st.DrawFn, *, longest: int = 2500, most_rows: int = 2, block: int = 512
+    draw: st.DrawFn,
+    *,
+    builds: st.SearchStrategy[Build] | None = None,
+    longest: int = 2500,
+    most_rows: int = 2,
+    block: int = 512,
 ) -> Choice:
-    case = draw(retrievals(longest=longest, most_rows=most_rows, block=block))
+    drawn = retrievals(builds=builds, longest=longest, most_rows=most_rows, block=block)
+    case = draw(drawn)
     index = replace(case.index, head_dim=8)  # nothing reads it
     axes = replace(case.shape, head_dim=8, value_head_dim=8)
     case = replace(case, index=index, shape=axes, softcap=0.0)
@@ -88,7 +101,8 @@ def chunks_at_most(num_chunks: int) -> Iterator[None]:
 def inject(step: Step, logits: Tensor) -> Tensor:
     """Have the scratch hold ``logits [B, H, T, S, G]`` as if `score` had left them.
 
-    Returns the logits with -inf where invisible.
+    All but the zeros in `high`, which a selection leaves too. Returns the logits with -inf where
+    invisible.
     """
     axes, scratch = step.case.shape, step.scratch
     logits = logits.float().masked_fill(~step.case.seen.unsqueeze(4), -torch.inf)
@@ -177,6 +191,7 @@ def check_choice(choice: Choice, device: torch.device) -> None:
         axes = choice.case.shape
         generator = torch.Generator().manual_seed(choice.case.seed)
         lengths = {axes.length, max(axes.length * 2 // 3, axes.num_queries)}
+        step.scratch.high.zero_()
         for length in sorted(lengths, reverse=True):
             visible = choice.case.visible
             if visible is not None and visible.shape[3] > 1:
@@ -186,7 +201,37 @@ def check_choice(choice: Choice, device: torch.device) -> None:
             step.counters[:2] = length
             lead = (axes.batch_size, axes.num_kv_heads, axes.num_queries, length)
             logits = inject(step, choice.logits((*lead, axes.num_groups), generator))
-            check_chosen(step, step.select().cpu(), logits)
+            found = step.select()
+            check_chosen(step, found.cpu(), logits)
+            assert (step.scratch.high == 0).all()
+            assert torch.equal(step.select(), found)
+
+
+def check_interruption(case: Retrieval, device: torch.device) -> None:
+    """Whatever an interrupted step left of its tallies, the next one chooses what it would have."""
+    step = make_step(case, device)
+    step.score()
+    expected = step.select()
+    for name in ("high", "low", "chunk_low", "chunk_over", "plan"):
+        getattr(step.scratch, name).fill_(12345)
+    step.score()
+    assert (step.scratch.high == 0).all()
+    assert torch.equal(step.select(), expected)
+
+
+def counting_paths(step: Step) -> list[set[bool]]:
+    """By row, whether chunks of the last selection held many keys of the threshold's high byte.
+
+    Those are counted all at once, and otherwise one by one.
+    """
+    axes, scratch = step.shape, step.scratch
+    length, size = step.case.shape.length, axes.select_block * axes.blocks_per_chunk
+    high_bytes = (scratch.key[:, :length].int().cpu() & 0xFFFF) >> 8
+    is_shared = high_bytes == scratch.plan[:, :1].cpu()
+    return [
+        {int(chunk.sum()) > axes.select_block // 8 for chunk in row.split(size)}
+        for row in is_shared
+    ]
 
 
 def check_agreement(case: Retrieval, device: torch.device) -> None:

@@ -1,9 +1,9 @@
 """Compiles every kernel as it is launched, without a GPU: ``python compile_kernels.py 90``.
 
-Launches are recorded instead of made, so signatures, constants and warps are those of the code that
-launches. Prints one JSON object a kernel: its name and use, the stack bytes that it spills into and
-its shared memory. ``python compile_kernels.py reuse`` prints which integers of a launch a compiled
-kernel that is used again would take for others.
+Launches are recorded instead of made, and Triton itself turns their arguments into what it
+compiles. Prints one JSON object a kernel: its name and use, the stack bytes that it spills into and
+its shared memory. ``python compile_kernels.py reuse`` prints by kernel which arguments of varied
+calls Triton would compile it again for, though the `Specialization` is the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,119 +23,136 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.kernels import append, attention, launch, retrieve
+from kernels.tensors import LAYOUTS, lay_out
 
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    torch.int8: "*i8",
-    torch.bool: "*i1",
-}
+CPU = torch.device("cpu")
 
-launch_one = launch.Launcher.__call__
-
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]
-
-
-class Compiler:
-    """Stands for a kernel, and remembers what a launcher has Triton compile."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launches: list[Launch] = []
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return self.compile
-
-    def compile(self, *arguments: Any, **named: Any) -> Any:
-        names = {parameter.name for parameter in self.kernel.params}
-        constants = {name: x for name, x in named.items() if name in names}
-        options = {name: x for name, x in named.items() if name not in names}
-        self.launches.append((self.kernel, arguments, constants, options))
-        return defaultdict(lambda: lambda *arguments: None)  # by grid, what launches
+Launch = tuple[launch.Specialization, tuple[Any, ...]]
 
 
 def record() -> list[Launch]:
-    """Have what launchers compile from now on go to the list that is returned."""
+    """Have what is launched from now on go to the list that is returned."""
     launches: list[Launch] = []
-    call = launch.Launcher.__call__
 
-    def launch_later(launcher: launch.Launcher, *arguments: Any, **options: Any) -> None:
-        compiler = Compiler(launcher.kernel)
-        call(launch.Launcher(compiler), *arguments, **options)
-        launches.extend(compiler.launches)
+    def launch_later(
+        specialization: launch.Specialization, grid: tuple[int, int, int], *arguments: Any
+    ) -> None:
+        assert len(grid) == 3
+        launches.append((specialization, arguments))
 
-    launch.Launcher.__call__ = launch_later  # type: ignore[method-assign]
-    torch.cuda.current_device = lambda: None  # type: ignore[assignment, return-value]
+    launch.Specialization.launch = launch_later  # type: ignore[method-assign]
     return launches
 
 
-def decode(index: KeyIndex, dtype: torch.dtype, has_mask: bool, is_capped: bool) -> None:
-    """One step of a layer of 8 KV heads with 4 query heads each, capped and with sinks or not."""
-    softcap = 30.0 if is_capped else 0.0
-    sink_logits = torch.zeros(32) if is_capped else None
-    head_dim, capacity = index.head_dim, 1024
-    device = torch.device("cpu")
-    query = torch.zeros(1, 32, 1, head_dim, dtype=dtype)
-    key, keys = query[:, :8], torch.zeros(1, 8, capacity, head_dim, dtype=dtype)
-    counters = append.new_counters(device)
-    state = index.allocate(1, 8, capacity, device)
-    append.append(index, key, key, keys, keys, state, counters)
-    append.append(None, key, key, keys, keys, [], counters)
-    append.index_range(index, keys, state, 0, capacity)
-    # 128 tiles, so that constants are those of a long context.
-    shape = retrieve.Shape(index, 1, 8, 4, 1, 128, 1024, False)
-    scratch = retrieve.Scratch(shape, device)
-    visible = torch.ones(1, 1, 1, capacity, dtype=torch.bool) if has_mask else None
-    retrieve.score(shape, scratch, query, state, counters, retrieve.Logits(0.1, softcap), visible)
-    arrivals = torch.zeros(shape.rows, dtype=torch.int32)
+@cache
+def binder_of(kernel: Any, arch: int) -> tuple[Any, Any]:
+    """Triton's backend, and its function from arguments to what is compiled for them."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def compiled_for(entry: Launch, arch: int = 90) -> dict[str, tuple[str, Any]]:
+    """By argument, its type to Triton and what Triton knows of its value (D: divides by 16)."""
+    specialization, arguments = entry
+    _, bind = binder_of(specialization._kernel, arch)
+    bound, known, _ = bind(*arguments, **specialization._constants)
+    names = list(bound)[: len(arguments)]
+    return dict(zip(names, known, strict=False))
+
+
+def decode(
+    index: KeyIndex,
+    dtype: torch.dtype,
+    *,
+    has_mask: bool = False,
+    softcap: float = 0.0,
+    sink_dtype: torch.dtype | None = None,
+    per_query_head: bool = False,
+    batch_size: int = 1,
+    num_queries: int = 1,
+    heads: int = 8,
+    groups: int = 4,
+    value_head_dim: int = 0,
+    capacity: int = 1024,
+    length: int = 1024,
+    layout: str = "contiguous",
+    has_counters: bool = True,
+    scale: float = 0.1,
+    tiles: int = 128,
+    budget: int = 1024,
+) -> None:
+    """One step of a layer; 128 tiles, so that constants are those of a long context."""
+    head_dim, value_head_dim = index.head_dim, value_head_dim or index.head_dim
+    lead = (batch_size, heads)
+
+    def zeros(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return lay_out(torch.zeros(*sizes, dtype=dtype), layout)
+
+    sink_logits = None
+    if sink_dtype is not None:
+        sink_logits = torch.zeros(heads * groups + 1, dtype=sink_dtype)[1:]
+    query = zeros(batch_size, heads * groups, num_queries, head_dim)
+    key, value = zeros(*lead, num_queries, head_dim), zeros(*lead, num_queries, value_head_dim)
+    keys = torch.zeros(*lead, capacity, head_dim, dtype=dtype)
+    values = torch.zeros(*lead, capacity, value_head_dim, dtype=dtype)
+    counters = append.new_counters(CPU)
+    state = index.allocate(*lead, capacity, CPU)
+    append.append(index, key, value, keys, values, state, counters)
+    append.append(None, key, value, keys, values, [], counters)
+    append.index_range(index, keys, state, length // 2, length)
+    shape = retrieve.Shape(index, *lead, groups, num_queries, tiles, budget, per_query_head)
+    scratch = retrieve.Scratch(shape, CPU)
+    visible = None
+    if has_mask:
+        visible = zeros(batch_size, 1, num_queries, length, dtype=torch.bool)
+    logits = retrieve.Logits(scale, softcap)
+    retrieve.score(shape, scratch, query, state, counters, logits, visible)
     token_indices = retrieve.select(
-        shape, scratch, counters, sinks=4, recent=16, sink_logits=sink_logits,
+        shape, scratch, counters, sinks=length % 5, recent=length % 17, sink_logits=sink_logits,
         has_mask=has_mask,
     )  # fmt: skip
     attention.gather_attention(
-        query, keys, keys, token_indices, scale=0.1, softcap=softcap,
-        sink_logits=sink_logits, counters=counters, arrivals=arrivals,
+        query, keys, values, token_indices, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, counters=counters if has_counters else None,
     )  # fmt: skip
 
 
 def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
     """Every kernel once with each set of constants, by a name that says which."""
     launches = record()
-    dtype = torch.bfloat16
+    bf16 = torch.bfloat16
     attend, score_rotated = "gather_attention_kernel", "rotated_scores_kernel"
     score_fier = "fier_scores_kernel"
     hot = ("append_kernel", "rotate_query_kernel", score_rotated, score_fier, attend)
-    steps: list[tuple[KeyIndex, torch.dtype, bool, bool, tuple[str, ...]]] = []
+    masked = {"has_mask": True}
+    capped = {"softcap": 30.0, "sink_dtype": torch.float32}
+    steps: list[tuple[KeyIndex, torch.dtype, dict[str, Any], tuple[str, ...]]] = []
     for index in (RotatedIndex(128), RotatedIndex(128, bits=2), FierIndex(128)):
-        steps += [(index, dtype, False, False, ()), (index, dtype, True, False, ())]
+        steps += [(index, bf16, {}, ()), (index, bf16, masked, ())]
+    # So few tokens that a program of the selection reads smaller blocks.
+    steps.append((RotatedIndex(128), bf16, {"tiles": 32}, ()))
     if arch == 90:
         for head_dim in (64, 256):
             for index in (RotatedIndex(head_dim, bits=2), FierIndex(head_dim)):
-                steps.append((index, dtype, False, False, hot))
+                steps.append((index, bf16, {}, hot))
         for other in (torch.float32, torch.float16):
-            steps.append((RotatedIndex(128), other, True, False, (attend,)))
-        capped = (score_rotated, "select_kernel", "priority_kernel", attend)
-        steps.append((RotatedIndex(128), dtype, False, True, capped))
-        steps.append((FierIndex(128), dtype, False, True, (score_fier,)))
+            steps.append((RotatedIndex(128), other, {}, (attend,)))
+        steps.append((RotatedIndex(128), bf16, capped, (score_rotated, "key_kernel", attend)))
+        steps.append((FierIndex(128), bf16, capped, (score_fier,)))
     seen = set()
-    for index, dtype, has_mask, is_capped, only in steps:
+    for index, dtype, options, only in steps:
         launches.clear()
-        for can_cooperate in (False, True):
-            retrieve.can_cooperate = lambda *sizes, can=can_cooperate: can
-            decode(index, dtype, has_mask, is_capped)
+        decode(index, dtype, **options)
         for entry in launches:
-            kernel, arguments, constants, options = entry
-            name = kernel.__name__
-            types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in arguments)
-            key = (name, types, *constants.items(), *options.items())
+            specialization = entry[0]
+            name, constants = specialization._kernel.__name__, specialization._constants
+            types = tuple(str(known) for known in compiled_for(entry, arch).values())
+            key = (name, types, *constants.items(), specialization.num_warps)
             if key in seen or (only and name not in only):
                 continue
             seen.add(key)
@@ -143,35 +162,23 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
             flags = [
                 flag for flag in ("mask", "cap", "sink") if constants.get(f"HAS_{flag.upper()}")
             ]
-            if "PHASE" in constants:
-                flags.append(f"phase {constants['PHASE']}")
+            flags += [
+                f"{flag.lower()} {constants[flag]}"
+                for flag in ("BLOCK", "CHUNKS", "SPLITS")
+                if flag in constants
+            ]
             yield " ".join((name, kind, str(index.head_dim), str(dtype)[6:], *flags)), entry
 
 
-def source_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-    """Triton's source of one launch, as `Launcher` has it specialised."""
-    signature: dict[str, str] = {}
-    known = dict(constants)
-    for parameter, argument in zip(kernel.params, arguments, strict=False):
-        name = parameter.name
-        if argument is None:
-            known[name] = None
-        elif isinstance(argument, Tensor):
-            signature[name] = POINTERS[argument.dtype]
-        elif isinstance(argument, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = parameter.annotation_type or "i32"
-    names = [parameter.name for parameter in kernel.params]
-    assert set(names) == signature.keys() | known.keys()
-    types = {name: signature.get(name, "constexpr") for name in names}
-    values = {(names.index(name),): value for name, value in known.items()}
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if types[name].startswith("*")
-    }
-    return ASTSource(kernel, types, values, aligned)
+def source_of(entry: Launch, arch: int) -> tuple[Any, dict[str, Any]]:
+    """What Triton compiles at this launch, and the options it does so with."""
+    specialization, arguments = entry
+    kernel, constants = specialization._kernel, specialization._constants
+    backend, bind = binder_of(kernel, arch)
+    chosen = {"num_warps": specialization.num_warps, "num_stages": specialization.num_stages}
+    bound, known, named = bind(*arguments, **constants, **chosen)
+    options, signature, values, attributes = kernel._pack_args(backend, named, bound, known, named)
+    return ASTSource(kernel, signature, values, attributes), options.__dict__
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -185,35 +192,100 @@ def stack_bytes(cubin: bytes) -> int:
     return int(usage.split("STACK:")[1].split()[0])
 
 
-def mistaken_integers(entry: Launch) -> list[str]:
-    """Integers that Triton compiles in (divisible by 16, or 1) and a launcher does not tell apart.
+def varied_calls() -> Iterator[dict[str, Any]]:
+    """Calls that differ in what a kernel is compiled for, each with several that do not.
 
-    Every integer of a launch in turn is 16, then 17 and 1: where Triton specialises on its value,
-    the launcher has to compile again.
+    Lengths, strides, addresses and factors are all of what Triton would treat apart: 1, divisible
+    by 16 or not, and whole numbers as factors.
     """
-    kernel, arguments, constants, _ = entry
-    mistaken = []
+    indexes = (RotatedIndex(64), RotatedIndex(64, bits=2, group_size=32), FierIndex(64))
+    builds = product(
+        indexes,
+        (torch.bfloat16, torch.float32),
+        (False, True),  # mask
+        (0.0, 30.0),  # softcap
+        (None, torch.float32, torch.bfloat16),  # sinks
+        (False, True),  # a list by query head
+    )
+    for place, (index, dtype, has_mask, softcap, sink_dtype, per_query_head) in enumerate(builds):
+        build = {
+            "index": index,
+            "dtype": dtype,
+            "has_mask": has_mask,
+            "sink_dtype": sink_dtype,
+            "per_query_head": per_query_head,
+            "has_counters": place % 5 != 0,
+            "value_head_dim": (0, 5, 48)[place % 3],
+            "groups": (4, 1, 3)[place % 7 % 3],
+        }
+        for other, layout in enumerate(LAYOUTS):
+            yield build | {
+                "layout": layout,
+                "batch_size": 1 + (other + place) % 2,
+                "heads": (1, 2)[other // 2],
+                "num_queries": (1, 16, 3, 1)[other],
+                "capacity": (512, 513, 1024, 16)[other],
+                "length": (512, 31, 1000, 16)[other],
+                "softcap": softcap and softcap + other,
+                "scale": (0.125, 0.1, 0.5, 1.0)[other],
+                "tiles": (2, 16, 2, 2)[other],
+                "budget": (1024, 60, 60, 1024)[other],
+            }
+
+
+# A value that is none of what Triton treats apart, then all that are.
+VALUES = (1000003, 0, 1, 2, 16, 17, 2**31 - 1)
+
+
+def specialized_integers(entry: Launch) -> list[str]:
+    """Integers of a launch whose value changes what Triton compiles."""
+    specialization, arguments = entry
+    found = []
     for place, argument in enumerate(arguments):
-        parameter = kernel.params[place]
-        if type(argument) is not int or parameter.do_not_specialize:
+        if type(argument) is not int:
             continue
-        compiler = Compiler(kernel)
-        launcher = launch.Launcher(compiler)
-        for value in (16, 17, 1):
-            changed = (*arguments[:place], value, *arguments[place + 1 :])
-            launch_one(
-                launcher, (1, 1, 1), *changed, constants=tuple(constants.items()), num_warps=4
-            )
-        if len(compiler.launches) < 3:
-            mistaken.append(parameter.name)
-    return mistaken
+        parameter = specialization._kernel.params[place]
+        wide = (2**31, 2**40) if parameter.annotation_type == "i64" else ()
+        known = {
+            str(compiled_for((specialization, (*arguments[:place], x, *arguments[place + 1 :]))))
+            for x in (*VALUES, *wide)
+        }
+        if len(known) > 1 or not parameter.do_not_specialize:
+            found.append(parameter.name)
+    return found
+
+
+def mistaken_arguments(entries: list[Launch]) -> set[str]:
+    """Arguments that launches of one specialization do not give it alike, or not 16-byte aligned.
+
+    Only the first is compiled for; the rest is passed by position and as addresses.
+    """
+    (specialization, arguments), *_ = entries
+    names = [parameter.name for parameter in specialization._kernel.params]
+    found = set()
+    if names[len(arguments) :] != list(specialization._constants):
+        found.add("constants")
+    for name, types in compiled_for(entries[0]).items():
+        if types[0].startswith("*") and "D" not in types[1]:
+            found.add(name)
+    first = compiled_for(entries[0])
+    for entry in entries:
+        found |= {name for name, types in compiled_for(entry).items() if types != first[name]}
+        for name, argument, other in zip(names, arguments, entry[1], strict=False):
+            if kind_of(argument) != kind_of(other):
+                found.add(name)
+    return found
+
+
+def kind_of(argument: Any) -> str:
+    return str(argument.dtype) if isinstance(argument, Tensor) else type(argument).__name__
 
 
 def print_stacks(arch: int) -> None:
-    for name, (kernel, arguments, constants, options) in launches_of(arch):
+    for name, entry in launches_of(arch):
         result: dict[str, Any] = {"name": name}
         try:
-            source = source_of(kernel, arguments, constants)
+            source, options = source_of(entry, arch)
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             result["stack"] = stack_bytes(compiled.asm["cubin"])
             result["shared"] = compiled.metadata.shared
@@ -222,13 +294,29 @@ def print_stacks(arch: int) -> None:
         print(json.dumps(result), flush=True)
 
 
-def print_mistaken() -> None:
-    for name, entry in launches_of(90):
-        print(json.dumps({"name": name, "mistaken": mistaken_integers(entry)}))
+def print_reuse() -> None:
+    launches = record()
+    by_specialization: dict[launch.Specialization, list[Launch]] = defaultdict(list)
+    for call in varied_calls():
+        launches.clear()
+        decode(**call)
+        for entry in launches:
+            by_specialization[entry[0]].append(entry)
+    results: dict[str, dict[str, Any]] = {}
+    for specialization, entries in by_specialization.items():
+        result = results.setdefault(
+            specialization._kernel.__name__, {"shared": 0, "mistaken": set(), "integers": set()}
+        )
+        result["shared"] += len(entries) > 1
+        result["mistaken"] |= mistaken_arguments(entries)
+        result["integers"] |= set(specialized_integers(entries[0]))
+    for name, result in results.items():
+        lists = {key: sorted(x) for key, x in result.items() if isinstance(x, set)}
+        print(json.dumps({"name": name, **result, **lists}))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "reuse":
-        print_mistaken()
+        print_reuse()
     else:
         print_stacks(int(sys.argv[1]))

@@ -40,20 +40,32 @@ class Feed:
         return self.prompt + sum(self.pieces)
 
 
+FeedBuild = tuple[KeyIndex, int, torch.dtype]  # what is compiled: index, value head dim, dtype
+
+
+@st.composite
+def any_build(draw: st.DrawFn) -> FeedBuild:
+    index = draw(indexes(head_dims=HEAD_DIMS))
+    value_head_dim = draw(st.sampled_from((index.head_dim, 5, 48)))
+    return index, value_head_dim, draw(st.sampled_from((torch.float32, torch.float16)))
+
+
 @st.composite
 def feeds(
     draw: st.DrawFn,
     *,
     longest: int = 600,
     longest_piece: int = 8,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16),
+    builds: st.SearchStrategy[FeedBuild] | None = None,
     heads: int = 2,
 ) -> Feed:
-    index = draw(indexes(head_dims=HEAD_DIMS))
+    index, value_head_dim, dtype = draw(any_build() if builds is None else builds)
     prompt = draw(st.sampled_from(EDGES) | st.integers(0, longest))
     how = draw(st.sampled_from(("all", "all", "none", "some")))
     indexed = {"all": prompt, "none": 0, "some": draw(st.integers(0, prompt))}[how]
-    pieces = draw(st.lists(st.integers(1, longest_piece), min_size=1, max_size=4))
+    # A token alone, on top of what is indexed, has a way of its own.
+    piece = st.just(1) | st.integers(1, longest_piece)
+    pieces = draw(st.lists(piece, min_size=1, max_size=4))
     return Feed(
         index=index,
         prompt=prompt,
@@ -61,10 +73,10 @@ def feeds(
         pieces=tuple(pieces),
         batch_size=draw(st.integers(1, heads)),
         num_kv_heads=draw(st.integers(1, heads)),
-        value_head_dim=draw(st.sampled_from((index.head_dim, 5, 48))),
+        value_head_dim=value_head_dim,
         room=draw(st.sampled_from((0, 3, 700))),
         kind=draw(st.sampled_from((*TAME, *WILD))),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=dtype,
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(seeds()),
     )

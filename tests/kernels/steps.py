@@ -34,7 +34,7 @@ class Retrieval:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     room: int = 0  # tiles of the index past those of the tokens
-    block: int = 512
+    block: int = 512  # 0 leaves it to the kernels' own choice
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -57,45 +57,76 @@ class Retrieval:
         return visible.expand(axes.batch_size, 1, axes.num_queries, axes.length)
 
 
+@dataclass(frozen=True)
+class Build:
+    """What decides which kernels a retrieval needs compiled."""
+
+    index: KeyIndex
+    num_groups: int = 4
+    dtype: torch.dtype = torch.float32
+    per_query_head: bool = False
+    softcap: float = 0.0
+    has_sink: bool = False
+    has_mask: bool = False
+
+
+def any_build() -> st.SearchStrategy[Build]:
+    return st.builds(
+        Build,
+        index=indexes(head_dims=HEAD_DIMS),
+        num_groups=st.sampled_from(GROUPS),
+        dtype=st.sampled_from((torch.float32, torch.float16)),
+        per_query_head=st.booleans(),
+        softcap=st.sampled_from((0.0, 0.0, 20.0)),
+        has_sink=st.booleans(),
+        has_mask=st.sampled_from((False, True, True, True)),
+    )
+
+
 @st.composite
 def retrievals(
     draw: st.DrawFn,
     *,
+    builds: st.SearchStrategy[Build] | None = None,
     longest: int = 1100,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16),
     most_rows: int = 8,
     block: int = 512,
 ) -> Retrieval:
     """Steps of up to `most_rows` rows, a KV head and query each."""
-    index = draw(indexes(head_dims=HEAD_DIMS))
+    build = draw(any_build() if builds is None else builds)
     length = draw(st.sampled_from((1, 2, 31, 33, 129, 511, 512, 513, 640, 1025)))
     length = draw(st.just(length) | st.integers(1, longest))
     num_queries = draw(st.integers(1, min(8, length, most_rows)))
     batch_size = draw(st.integers(1, min(2, most_rows // num_queries)))
     heads = draw(st.integers(1, min(2, most_rows // num_queries // batch_size)))
+    head_dim = build.index.head_dim
     shape = Shape(
         batch_size=batch_size,
         num_kv_heads=heads,
-        num_groups=draw(st.sampled_from(GROUPS)),
+        num_groups=build.num_groups,
         num_queries=num_queries,
         length=length,
-        head_dim=index.head_dim,
-        value_head_dim=draw(st.sampled_from((index.head_dim, 5, 48))),
+        head_dim=head_dim,
+        value_head_dim=draw(st.sampled_from((head_dim, 5, 48))),
     )
     sinks, recent = draw(st.sampled_from(((0, 0), (0, 1), (4, 16), (1, 40))))
     budget = draw(st.sampled_from((1, 2, 33, 64, 256, 2000)) | st.integers(1, 300))
+    visible = None
+    if build.has_mask:
+        drawn = masks(batch_size, num_queries, length)
+        visible = draw(drawn.filter(lambda mask: mask is not None))
     return Retrieval(
-        index=index,
+        index=build.index,
         shape=shape,
         budget=max(budget, sinks + recent),
         sinks=sinks,
         recent=recent,
-        per_query_head=draw(st.booleans()),
-        softcap=draw(st.sampled_from((0.0, 0.0, 20.0))),
-        has_sink=draw(st.booleans()),
-        visible=draw(masks(batch_size, num_queries, length)),
+        per_query_head=build.per_query_head,
+        softcap=build.softcap,
+        has_sink=build.has_sink,
+        visible=visible,
         kind=draw(st.sampled_from((gaussian, channel_offsets, heavy_tails, ties))),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=build.dtype,
         layout=draw(st.sampled_from(LAYOUTS)),
         room=draw(st.integers(0, 2)),
         block=block,
@@ -111,7 +142,6 @@ class Step:
     shape: Any
     scratch: Any
     counters: Tensor
-    arrivals: Tensor
     query: Tensor
     keys: Tensor
     values: Tensor
@@ -127,7 +157,7 @@ class Step:
         visible = case.visible
         if visible is not None:
             sizes = (visible.shape[0], 1, axes.num_queries, axes.length)
-            visible = visible.to(self.device).expand(sizes)
+            visible = lay_out(visible.to(self.device), case.layout).expand(sizes)
         retrieve.score(
             self.shape,
             self.scratch,
@@ -143,7 +173,7 @@ class Step:
 
         case = self.case
         sink = None if self.sink_logits is None else self.sink_logits.to(self.device)
-        chosen = retrieve.select(
+        return retrieve.select(
             self.shape,
             self.scratch,
             self.counters,
@@ -152,8 +182,6 @@ class Step:
             sink_logits=sink,
             has_mask=case.visible is not None,
         )
-        assert (self.arrivals == 0).all()
-        return chosen
 
     def logits(self) -> Tensor:
         """What `score` left: float64 ``[B, H, T, S, G]`` on the CPU, in units of log2."""
@@ -189,7 +217,6 @@ def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True)
         shape=shape,
         scratch=retrieve.Scratch(shape, device),
         counters=counters,
-        arrivals=torch.zeros(shape.rows, dtype=torch.int32, device=device),
         query=gaussian(axes.query, generator).to(case.dtype),
         keys=keys,
         values=values,

@@ -23,6 +23,11 @@ CPU = torch.device("cpu")
 @example(feed=Feed(RotatedIndex(64, group_size=32), 100, 31, (450,), layout="transposed"))
 @example(feed=Feed(FierIndex(64), 510, 510, (1, 1, 8), 2, 1, dtype=torch.float16, kind=one_nan))
 @example(feed=Feed(FierIndex(96, group_size=512), 511, 40, (1, 5), kind=constants))
+@example(feed=Feed(RotatedIndex(64, bits=2, group_size=32), 0, 0, (1,) * 34, 1, 2))
+@example(feed=Feed(RotatedIndex(80, group_size=64), 508, 508, (1,) * 6, 2, 2, kind=one_nan))
+@example(feed=Feed(RotatedIndex(64, bits=2), 127, 127, (1, 1, 2, 1), layout="offset"))
+@example(feed=Feed(RotatedIndex(96), 40, 20, (1, 1), kind=channel_offsets, layout="strided"))
+@example(feed=Feed(RotatedIndex(64, group_size=32), 70, 70, (1, 1, 1), kind=one_infinity, room=0))
 def test_the_state_is_that_of_the_reference(feed: Feed) -> None:
     check_append(feed, CPU)
 
@@ -31,6 +36,7 @@ def test_the_state_is_that_of_the_reference(feed: Feed) -> None:
 @given(feed=feeds(longest=200))
 @example(feed=Feed(RotatedIndex(64), 510, 510, (1, 8, 4), 1, 2, room=-8))
 @example(feed=Feed(FierIndex(64), 512, 512, (2, 1), 2, 2, room=-3, layout="offset"))
+@example(feed=Feed(RotatedIndex(64, bits=2), 70, 70, (1, 1, 1, 1), 1, 2, room=-2))
 def test_tokens_past_the_capacity_are_counted_but_not_written(feed: Feed) -> None:
     short = Feed(**{**vars(feed), "room": -min(sum(feed.pieces), 5)})
     check_append(short, CPU)
