@@ -91,9 +91,10 @@ def test_a_sparse_layer_names_the_backend_that_ran_it(backend: str, is_static: b
         report = handle.report()
     backends = [layer.backend for layer in report.layers]
     assert backends == ["", "", "", "reference", "", "reference"]
-    lines = [line for line in str(report).splitlines() if "sparse" in line]
-    assert lines
-    assert all(line.endswith("rotated index, 1 bit, one list a KV head, reference") for line in lines)
+    sparse = [line for line in str(report).splitlines() if "sparse" in line]
+    reason = "rotated index, 1 bit, one list a KV head, reference"
+    assert sparse
+    assert all(line.endswith(reason) for line in sparse)
 
 
 def test_layers_that_different_backends_ran_do_not_share_a_line() -> None:
