@@ -224,10 +224,11 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
     if layer.operators.name == "reference":
         return {}
     from fierpatch.kernels import attention, retrieve
+    from fierpatch.kernels.shape import Scratch, Shape
 
     config, scale = layer.config, query.shape[3] ** -0.5
     state, counters, logits = layer.state, layer.counters, retrieve.Logits(scale)
-    shape = retrieve.Shape(
+    shape = Shape(
         index=layer.operators.index,
         batch_size=query.shape[0],
         num_kv_heads=layer.keys.shape[1],
@@ -237,7 +238,7 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
         budget=config.budget,
         per_query_head=config.per_query_head,
     )
-    scratch = retrieve.Scratch(shape, query.device)
+    scratch = Scratch(shape, query.device)
     arrivals = torch.zeros(shape.rows, dtype=torch.int32, device=query.device)
 
     def select() -> Tensor:

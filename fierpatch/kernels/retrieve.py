@@ -3,156 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
-from fierpatch.index import KeyIndex, RotatedIndex
+from fierpatch.index import RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.launch import Specialization, aligned
 from fierpatch.kernels.query import rotate_query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
+from fierpatch.kernels.shape import CHANNELS_AT_ONCE, MAX_HEADS, Scratch, Shape
 from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
 
 _LOG2_E = 1.4426950408889634
-_OUT = 32  # channels of the query a program rotates
 _GROUPS = 64  # groups a program multiplies with the query
-_MAX_HEADS = 8  # query heads a program scores
-_MIN_BLOCK, _MAX_BLOCK = 2048, 4096  # tokens a program of the selection reads at once
-_TOKENS_PER_WARP = 512  # of them: what a warp does for its program costs as much as 100 tokens
-_MAX_CHUNKS = 64
-_MAX_PROGRAMS = 256  # of the selection: more would only wait for each other
-_BINS = 256
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes that decide the launches of a retrieval, and the room it takes.
-
-    Args:
-        index: the key index.
-        batch_size, num_kv_heads, num_groups, num_queries: B, H, G, T.
-        tiles: tiles of 512 tokens that the index has room for.
-        budget: tokens chosen a list.
-        per_query_head: whether every query head has a list of its own.
-        block: tokens a program of the selection reads at once, a multiple of 512; 0 chooses.
-    """
-
-    index: KeyIndex
-    batch_size: int
-    num_kv_heads: int
-    num_groups: int
-    num_queries: int
-    tiles: int
-    budget: int
-    per_query_head: bool
-    block: int = 0
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Looked up at every launch, so worked out once.
-        sizes = (self.batch_size, self.num_kv_heads, self.num_groups, self.num_queries)
-        rest = (self.tiles, self.budget, self.per_query_head, self.block)
-        return hash((self.index, *sizes, *rest))
-
-    @cached_property
-    def heads(self) -> int:
-        """Query heads of one group that a program scores, a power of two."""
-        return min(triton.next_power_of_2(self.num_groups), _MAX_HEADS)
-
-    @cached_property
-    def head_blocks(self) -> int:
-        """Programs that share the query heads of one group."""
-        return triton.cdiv(self.num_groups, self.heads)
-
-    @cached_property
-    def score_rows(self) -> int:
-        """KV heads times queries: ``B * H * T``."""
-        return self.batch_size * self.num_kv_heads * self.num_queries
-
-    @cached_property
-    def num_lists(self) -> int:
-        """Lists of tokens a batch row and query: H, or Hq."""
-        return self.num_kv_heads * (self.num_groups if self.per_query_head else 1)
-
-    @cached_property
-    def rows(self) -> int:
-        """Lists of tokens in all."""
-        return self.batch_size * self.num_lists * self.num_queries
-
-    @cached_property
-    def select_block(self) -> int:
-        """Tokens a program of the selection reads at once."""
-        share = self.tiles * TILE_SIZE * self.rows * 2 // _MAX_PROGRAMS
-        return self.block or (_MIN_BLOCK if share <= _MIN_BLOCK else _MAX_BLOCK)
-
-    @cached_property
-    def blocks_per_chunk(self) -> int:
-        """Blocks that a program of the selection reads one after the other.
-
-        So many that all programs run at the same time, if rows are not too many for that.
-        """
-        blocks = triton.cdiv(self.tiles * TILE_SIZE, self.select_block)
-        most = max(min(_MAX_PROGRAMS // self.rows, _MAX_CHUNKS), 1)
-        return triton.cdiv(blocks, most)
-
-    @cached_property
-    def chunks(self) -> int:
-        """Programs of the selection a row."""
-        return triton.cdiv(self.tiles * TILE_SIZE, self.select_block * self.blocks_per_chunk)
-
-    @cached_property
-    def width(self) -> int:
-        """Slots of a list."""
-        return min(self.budget, self.tiles * TILE_SIZE)
-
-
-class Scratch:
-    """The intermediate results of a retrieval; reused by every layer of one shape.
-
-    Args:
-        shape: the sizes.
-        device: where.
-    """
-
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        head_dim, slots = shape.index.head_dim, shape.score_rows * shape.head_blocks * shape.heads
-        tokens = shape.tiles * TILE_SIZE
-        groups = tokens // shape.index.group_size
-
-        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(sizes, dtype=dtype, device=device)
-
-        is_rotated = isinstance(shape.index, RotatedIndex)
-        self.operand = empty(slots * 4 * head_dim if is_rotated else 0, dtype=torch.int16)
-        self.operand_bytes = self.operand.view(torch.int8)
-        self.total = empty(slots * triton.cdiv(head_dim, _OUT), dtype=torch.int32)
-        self.unit = empty(slots)
-        self.mean = empty(groups * slots if is_rotated else 0)
-        self.logit = empty(shape.score_rows, tokens, shape.num_groups)
-        self.most = empty(shape.score_rows, shape.tiles, shape.num_groups)
-        self.sum = torch.empty_like(self.most)
-        counts = (shape.batch_size, shape.num_queries, shape.tiles)
-        self.count = empty(*counts, dtype=torch.int32)
-        self.key = empty(shape.rows, tokens, dtype=torch.int16)
-        self.high = empty(shape.rows, _BINS, dtype=torch.int32)
-        self.low = torch.empty_like(self.high)
-        self.chunk_low = empty(shape.rows, shape.chunks, _BINS, dtype=torch.int32)
-        self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
-        self.plan = empty(shape.rows, 2, dtype=torch.int32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values()) - (
-            self.operand_bytes.numel()
-        )
+_TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
 
 
 @dataclass(frozen=True)
@@ -208,7 +76,7 @@ def rotate(
         return
     _, _, centre, balance, rotation = state
     groups = shape.tiles * TILE_SIZE // shape.index.group_size
-    tasks = triton.cdiv(shape.index.head_dim, _OUT) + triton.cdiv(groups, _GROUPS)
+    tasks = triton.cdiv(shape.index.head_dim, CHANNELS_AT_ONCE) + triton.cdiv(groups, _GROUPS)
     rotate_specialization(shape, query.dtype).launch(
         (tasks, shape.score_rows, shape.head_blocks),
         query, balance, rotation, centre, counters,
@@ -293,7 +161,7 @@ def rotate_specialization(shape: Shape, dtype: torch.dtype) -> Specialization:
         "HEADS": shape.heads,
         "BLOCKS": shape.head_blocks,
         "GROUP": shape.index.group_size,
-        "OUT": _OUT,
+        "OUT": CHANNELS_AT_ONCE,
         "GROUPS": _GROUPS,
         "NORM": rotation_norm(head_dim),
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
@@ -307,7 +175,7 @@ def rotated_scores_specialization(shape: Shape, has_mask: bool, has_cap: bool) -
     """Of `rotated_scores_kernel`."""
     assert isinstance(shape.index, RotatedIndex)
     head_dim = shape.index.head_dim
-    channel_blocks = triton.cdiv(head_dim, _OUT)
+    channel_blocks = triton.cdiv(head_dim, CHANNELS_AT_ONCE)
     constants = {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -335,7 +203,7 @@ def fier_scores_specialization(
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "G": shape.num_groups,
-        "HEADS": _MAX_HEADS,  # the matrix units want 8 columns
+        "HEADS": MAX_HEADS,  # the matrix units want 8 columns
         "GROUP": shape.index.group_size,
         "LISTS": shape.num_lists // shape.num_kv_heads,
         "HAS_MASK": has_mask,

@@ -11,6 +11,7 @@ from torch import Tensor
 from fierpatch.index import KeyIndex, make_index
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
+from fierpatch.kernels.shape import Scratch, Shape
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -78,7 +79,7 @@ def _retrieve(
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
     planes = state[0]
-    shape = retrieve.Shape(
+    shape = Shape(
         index=_index(index, bits, group_size, seed, query),
         batch_size=query.shape[0],
         num_kv_heads=planes.shape[1],
@@ -88,7 +89,7 @@ def _retrieve(
         budget=budget,
         per_query_head=per_query_head,
     )
-    scratch = retrieve.Scratch(shape, query.device)
+    scratch = Scratch(shape, query.device)
     logits = retrieve.Logits(scale, softcap)
     retrieve.score(shape, scratch, query, state, counters, logits, visible)
     return retrieve.select(

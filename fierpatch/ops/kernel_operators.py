@@ -14,6 +14,7 @@ from fierpatch.index import KeyIndex
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
+from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibration_sample
 from fierpatch.ops.operators import layer_index
 from fierpatch.reference import fold_groups
@@ -25,27 +26,33 @@ _MOST_GROUPS = 128  # query heads a KV head, for lists of their own
 class Workspace:
     """What the kernels of all layers of one cache write for each other.
 
-    Eager steps reuse it; in a compiled one the allocator of the graph does.
+    Eager steps reuse it; in a compiled one the allocator of the graph does. Memory that a captured
+    step may write to is not given up while the cache lives.
     """
 
-    scratch: dict[retrieve.Shape, retrieve.Scratch] = field(default_factory=dict)
-    partial: Tensor | None = None
+    scratch: dict[Shape, Scratch] = field(default_factory=dict)
+    partials: dict[int, Tensor] = field(default_factory=dict)
 
-    def scratch_of(self, shape: retrieve.Shape, device: torch.device) -> retrieve.Scratch:
-        """The intermediate results of a retrieval of this shape; forgets those of others."""
+    def scratch_of(self, shape: Shape, device: torch.device) -> Scratch:
+        """The intermediate results of a retrieval; forgets those of a cache that has grown since.
+
+        A cache that grows cannot be captured, and one that is captured does not grow.
+        """
         found = self.scratch.get(shape)
         if found is None:
             with torch.inference_mode(False):
-                found = retrieve.Scratch(shape, device)
-            self.scratch = {shape: found}
+                found = Scratch(shape, device)
+            kept = {key: one for key, one in self.scratch.items() if key.tiles == shape.tiles}
+            self.scratch = {**kept, shape: found}
         return found
 
     def partial_of(self, size: int, device: torch.device) -> Tensor:
         """Room for `size` float32 numbers."""
-        if self.partial is None or self.partial.numel() < size:
+        found = self.partials.get(size)
+        if found is None:
             with torch.inference_mode(False):
-                self.partial = torch.empty(size, device=device)
-        return self.partial
+                found = self.partials[size] = torch.empty(size, device=device)
+        return found
 
 
 class KernelOperators:
@@ -72,7 +79,7 @@ class KernelOperators:
         self.config = config
         self.index: KeyIndex = layer_index(config, key.shape[3])
         self.workspace = workspace
-        self._shape: retrieve.Shape | None = None
+        self._shape: Shape | None = None
         # Zeros, by which the programs of a list find out which of them is last.
         self.arrivals = torch.zeros(0, dtype=torch.int32, device=key.device)
 
@@ -210,7 +217,7 @@ class KernelOperators:
         config = self.config
         return config.index, config.bits, config.index_group_size, config.seed
 
-    def _shape_of(self, query: Tensor, planes: Tensor) -> retrieve.Shape:
+    def _shape_of(self, query: Tensor, planes: Tensor) -> Shape:
         """The shape of a retrieval, the last one again where nothing has changed."""
         shape = self._shape
         batch_size, num_heads, num_queries, _ = query.shape
@@ -220,7 +227,7 @@ class KernelOperators:
             or shape.num_queries != num_queries
             or shape.batch_size != batch_size
         ):
-            shape = self._shape = retrieve.Shape(
+            shape = self._shape = Shape(
                 index=self.index,
                 batch_size=batch_size,
                 num_kv_heads=planes.shape[1],

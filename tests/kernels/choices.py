@@ -81,20 +81,20 @@ def choices(
 @contextmanager
 def chunks_at_most(num_chunks: int) -> Iterator[None]:
     """Let a selection have so few programs a row that each reads several blocks."""
-    from fierpatch.kernels import retrieve
+    from fierpatch.kernels import retrieve, shape
 
     def clear() -> None:
         for value in vars(retrieve).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
 
-    before = retrieve._MAX_CHUNKS
+    before = shape._MAX_CHUNKS
     clear()
-    retrieve._MAX_CHUNKS = num_chunks
+    shape._MAX_CHUNKS = num_chunks
     try:
         yield
     finally:
-        retrieve._MAX_CHUNKS = before
+        shape._MAX_CHUNKS = before
         clear()
 
 

@@ -28,6 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.kernels import append, attention, launch, retrieve
+from fierpatch.kernels import shape as sizes
 from kernels.tensors import LAYOUTS, lay_out
 
 CPU = torch.device("cpu")
@@ -105,8 +106,8 @@ def decode(
     append.append(index, key, value, keys, values, state, counters)
     append.append(None, key, value, keys, values, [], counters)
     append.index_range(index, keys, state, length // 2, length)
-    shape = retrieve.Shape(index, *lead, groups, num_queries, tiles, budget, per_query_head)
-    scratch = retrieve.Scratch(shape, CPU)
+    shape = sizes.Shape(index, *lead, groups, num_queries, tiles, budget, per_query_head)
+    scratch = sizes.Scratch(shape, CPU)
     visible = None
     if has_mask:
         visible = zeros(batch_size, 1, num_queries, length, dtype=torch.bool)

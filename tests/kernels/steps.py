@@ -192,7 +192,8 @@ class Step:
 
 def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True) -> Step:
     """The tensors of a step; without keys, values and index unless they are wanted."""
-    from fierpatch.kernels import append, retrieve
+    from fierpatch.kernels import append
+    from fierpatch.kernels import shape as sizes
 
     axes, generator = case.shape, torch.Generator().manual_seed(case.seed)
     tiles = num_tiles(axes.length) + case.room
@@ -206,7 +207,7 @@ def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True)
     num_heads = axes.query[1]
     # For drawn logits, about what a thousand `gentle` ones weigh: then it matters to each head.
     middle = 0.0 if is_indexed else 9.0
-    shape = retrieve.Shape(
+    shape = sizes.Shape(
         case.index, axes.batch_size, axes.num_kv_heads, axes.num_groups, axes.num_queries,
         tiles, case.budget, case.per_query_head, case.block,
     )  # fmt: skip
@@ -215,7 +216,7 @@ def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True)
     return Step(
         case=case,
         shape=shape,
-        scratch=retrieve.Scratch(shape, device),
+        scratch=sizes.Scratch(shape, device),
         counters=counters,
         query=gaussian(axes.query, generator).to(case.dtype),
         keys=keys,

@@ -129,13 +129,13 @@ def test_what_an_interrupted_step_left_does_not_change_the_next(
 @pytest.mark.parametrize("tiles", [1, 5, 100, 2048])
 @pytest.mark.parametrize("block", [0, 512])
 def test_chunks_cover_every_token_once(block: int, tiles: int, rows: int, max_chunks: int) -> None:
-    from fierpatch.kernels import retrieve
+    from fierpatch.kernels import shape
 
     with chunks_at_most(max_chunks):
-        sizes = retrieve.Shape(INDEX, rows, 1, 1, 1, tiles, 64, False, block)
+        sizes = shape.Shape(INDEX, rows, 1, 1, 1, tiles, 64, False, block)
         assert sizes.select_block == block or not block
         assert sizes.select_block % 512 == 0
         size = sizes.select_block * sizes.blocks_per_chunk
         assert (sizes.chunks - 1) * size < tiles * 512 <= sizes.chunks * size
         assert sizes.chunks <= max_chunks
-        assert sizes.chunks * rows <= max(retrieve._MAX_PROGRAMS, rows)
+        assert sizes.chunks * rows <= max(shape._MAX_PROGRAMS, rows)

@@ -1,0 +1,147 @@
+"""How big a retrieval is: its launches, and the memory its kernels write for each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+
+from fierpatch.index import KeyIndex, RotatedIndex
+from fierpatch.index.packing import TILE_SIZE
+
+CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
+MAX_HEADS = 8  # query heads a program scores
+_MIN_BLOCK, _MAX_BLOCK = 2048, 4096  # tokens a program of the selection reads at once
+_MAX_CHUNKS = 64
+_MAX_PROGRAMS = 256  # of the selection: more would only wait for each other
+_BINS = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that decide the launches of a retrieval, and the room it takes.
+
+    Args:
+        index: the key index.
+        batch_size, num_kv_heads, num_groups, num_queries: B, H, G, T.
+        tiles: tiles of 512 tokens that the index has room for.
+        budget: tokens chosen a list.
+        per_query_head: whether every query head has a list of its own.
+        block: tokens a program of the selection reads at once, a multiple of 512; 0 chooses.
+    """
+
+    index: KeyIndex
+    batch_size: int
+    num_kv_heads: int
+    num_groups: int
+    num_queries: int
+    tiles: int
+    budget: int
+    per_query_head: bool
+    block: int = 0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Looked up at every launch, so worked out once.
+        sizes = (self.batch_size, self.num_kv_heads, self.num_groups, self.num_queries)
+        rest = (self.tiles, self.budget, self.per_query_head, self.block)
+        return hash((self.index, *sizes, *rest))
+
+    @cached_property
+    def heads(self) -> int:
+        """Query heads of one group that a program scores, a power of two."""
+        return min(triton.next_power_of_2(self.num_groups), MAX_HEADS)
+
+    @cached_property
+    def head_blocks(self) -> int:
+        """Programs that share the query heads of one group."""
+        return triton.cdiv(self.num_groups, self.heads)
+
+    @cached_property
+    def score_rows(self) -> int:
+        """KV heads times queries: ``B * H * T``."""
+        return self.batch_size * self.num_kv_heads * self.num_queries
+
+    @cached_property
+    def num_lists(self) -> int:
+        """Lists of tokens a batch row and query: H, or Hq."""
+        return self.num_kv_heads * (self.num_groups if self.per_query_head else 1)
+
+    @cached_property
+    def rows(self) -> int:
+        """Lists of tokens in all."""
+        return self.batch_size * self.num_lists * self.num_queries
+
+    @cached_property
+    def select_block(self) -> int:
+        """Tokens a program of the selection reads at once."""
+        share = self.tiles * TILE_SIZE * self.rows * 2 // _MAX_PROGRAMS
+        return self.block or (_MIN_BLOCK if share <= _MIN_BLOCK else _MAX_BLOCK)
+
+    @cached_property
+    def blocks_per_chunk(self) -> int:
+        """Blocks that a program of the selection reads one after the other.
+
+        So many that all programs run at the same time, if rows are not too many for that.
+        """
+        blocks = triton.cdiv(self.tiles * TILE_SIZE, self.select_block)
+        most = max(min(_MAX_PROGRAMS // self.rows, _MAX_CHUNKS), 1)
+        return triton.cdiv(blocks, most)
+
+    @cached_property
+    def chunks(self) -> int:
+        """Programs of the selection a row."""
+        return triton.cdiv(self.tiles * TILE_SIZE, self.select_block * self.blocks_per_chunk)
+
+    @cached_property
+    def width(self) -> int:
+        """Slots of a list."""
+        return min(self.budget, self.tiles * TILE_SIZE)
+
+
+class Scratch:
+    """The intermediate results of a retrieval; reused by every layer of one shape.
+
+    Args:
+        shape: the sizes.
+        device: where.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        head_dim, slots = shape.index.head_dim, shape.score_rows * shape.head_blocks * shape.heads
+        tokens = shape.tiles * TILE_SIZE
+        groups = tokens // shape.index.group_size
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=device)
+
+        is_rotated = isinstance(shape.index, RotatedIndex)
+        self.operand = empty(slots * 4 * head_dim if is_rotated else 0, dtype=torch.int16)
+        self.operand_bytes = self.operand.view(torch.int8)
+        self.total = empty(slots * triton.cdiv(head_dim, CHANNELS_AT_ONCE), dtype=torch.int32)
+        self.unit = empty(slots)
+        self.mean = empty(groups * slots if is_rotated else 0)
+        self.logit = empty(shape.score_rows, tokens, shape.num_groups)
+        self.most = empty(shape.score_rows, shape.tiles, shape.num_groups)
+        self.sum = torch.empty_like(self.most)
+        counts = (shape.batch_size, shape.num_queries, shape.tiles)
+        self.count = empty(*counts, dtype=torch.int32)
+        self.key = empty(shape.rows, tokens, dtype=torch.int16)
+        self.high = empty(shape.rows, _BINS, dtype=torch.int32)
+        self.low = torch.empty_like(self.high)
+        self.chunk_low = empty(shape.rows, shape.chunks, _BINS, dtype=torch.int32)
+        self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
+        self.plan = empty(shape.rows, 2, dtype=torch.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in vars(self).values()) - (
+            self.operand_bytes.numel()
+        )
