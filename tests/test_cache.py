@@ -461,3 +461,13 @@ def test_two_layers_share_nothing() -> None:
     one.reset()
     assert_equal_states([other.keys, other.values, *other.state], before)
     assert other.num_tokens == 100
+
+
+def test_a_crop_by_a_tensor_counts_in_numbers() -> None:
+    """Assisted decoding counts rejected tokens on the device."""
+    layer = LayerCache(FierConfig(budget=40), is_dense=True)
+    key = torch.ones(1, 1, 20, 8)
+    layer.update(key, key)
+    layer.crop(torch.tensor(5))  # type: ignore[arg-type]
+    keys, _ = layer.update(key[:, :, :2], key[:, :, :2])
+    assert keys.shape[2] == layer.num_tokens == 17

@@ -207,7 +207,7 @@ class LayerCache:
     def crop(self, num_removed: int) -> None:
         """Forget the newest `num_removed` tokens."""
         stored, indexed, calibrated = self._read_progress()
-        kept = max(stored - num_removed, 0)
+        kept = max(stored - int(num_removed), 0)  # which transformers may give as a tensor
         if kept == 0:
             self.reset()
             return
