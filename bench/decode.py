@@ -228,16 +228,8 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
 
     config, scale = layer.config, query.shape[3] ** -0.5
     state, counters, logits = layer.state, layer.counters, retrieve.Logits(scale)
-    shape = Shape(
-        index=layer.operators.index,
-        batch_size=query.shape[0],
-        num_kv_heads=layer.keys.shape[1],
-        num_groups=query.shape[1] // layer.keys.shape[1],
-        num_queries=1,
-        tiles=state[0].shape[2],
-        budget=config.budget,
-        per_query_head=config.per_query_head,
-    )
+    index, per_query_head = layer.operators.index, config.per_query_head
+    shape = Shape.of(index, query, state[0], budget=config.budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
     arrivals = torch.zeros(shape.rows, dtype=torch.int32, device=query.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fierpatch.errors import CacheMismatchError, CapacityError, FierError, PositionLimitError
+from fierpatch.errors import CacheMismatchError, FierError, PositionLimitError
 
 
 def check_fit(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -45,19 +45,6 @@ def check_positions(num_tokens: int, max_positions: int | None) -> None:
         raise PositionLimitError(
             f"{num_tokens} tokens are past the model's {max_positions} positions: "
             "shorten the prompt or generate fewer tokens"
-        )
-
-
-def check_capacity(stored: int, num_new: int, capacity: int) -> None:
-    """Check new tokens against the room of a static cache.
-
-    Raises:
-        CapacityError: they do not fit.
-    """
-    if stored + num_new > capacity:
-        raise CapacityError(
-            f"{stored} tokens are stored and {num_new} more do not fit a static cache of "
-            f"{capacity}: generate with a larger max_cache_len, or without a static cache"
         )
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fierpatch.cache.checks import check_capacity, check_fit, check_positions
+from fierpatch.cache.checks import check_fit, check_positions
 from fierpatch.cache.facts import LayerFacts, Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.index import KeyIndex, map_batch, resize
+from fierpatch.ops.library import check_capacity
 from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
@@ -106,16 +107,17 @@ class LayerCache:
         check_fit(key, value, self.keys, self.values)
         is_prompt = num_new > self.config.max_query_length
         is_first_prompt, stored = False, 0
+        is_recorded = self.is_static and _is_recorded(key)
         if not self.is_static:
             stored = self._progress[0]
             is_first_prompt = is_prompt and stored == 0
             self._reserve(stored + num_new)
-        elif not _is_recorded(key):
+        elif not is_recorded:
             check_capacity(self._progress[0], num_new, self.capacity)
         self.operators.append(
             key, value, self.keys, self.values, self.state, self.counters, is_prompt
         )
-        if not (self.is_static and _is_recorded(key)):
+        if not is_recorded:
             self._progress[0] += num_new
             if self.index is not None and not is_prompt:
                 self._progress[1] = self._progress[0]

@@ -70,7 +70,7 @@ def _make_attention(base: str, max_query_length: int) -> Attention:
         result = base_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        if layer is not None and not layer.is_dense and not is_short:
+        if layer is not None and not layer.is_dense:
             layer.index_prompt(query)
         return result
 

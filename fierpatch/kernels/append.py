@@ -14,13 +14,9 @@ from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.launch import Specialization, aligned
-from fierpatch.kernels.quantize import (
-    TILE_SIZE,
-    quantize_fier,
-    quantize_rotated,
-    quantize_rotated_one,
-)
+from fierpatch.kernels.constants import TILE_SIZE
+from fierpatch.kernels.launch import Specialization, as_rows
+from fierpatch.kernels.quantize import quantize_fier, quantize_rotated, quantize_rotated_one
 
 _STORE_BLOCK = 64  # tokens a program stores of a prompt
 _INDEX_BLOCK = 8  # tokens stored at once before they are indexed
@@ -261,7 +257,7 @@ def append(
         counters: int64 ``[4]`` on the device: stored, indexed, calibrated, programs arrived.
     """
     batch_size, num_heads, num_new, head_dim = key.shape
-    key, value = _rows(key), _rows(value)
+    key, value = as_rows(key), as_rows(value)
     capacity = keys.shape[2]
     if index is None:
         parts, state = triton.cdiv(num_new, _STORE_BLOCK), []
@@ -298,10 +294,6 @@ def kind(index: KeyIndex) -> int:
     if isinstance(index, FierIndex):
         return FIER
     raise TypeError(f"no kernel reads the index {index}")
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return aligned(tensor if tensor.stride(3) == 1 else tensor.contiguous())
 
 
 def _tensors(state: list[Tensor]) -> tuple[Tensor | None, ...]:

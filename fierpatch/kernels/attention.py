@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fierpatch.kernels.launch import Specialization, aligned
-from fierpatch.kernels.scores import LOG2_E, cap
+from fierpatch.kernels.constants import LOG2_E
+from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
+from fierpatch.kernels.scores import cap
 
-_LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
 _MAX_DENSE_SPLITS = 64
 
@@ -277,12 +277,9 @@ def _attend(
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, capacity, value_head_dim = keys.shape[1], keys.shape[2], values.shape[3]
     num_rows = batch_size * num_lists * num_queries
-    query = aligned(query if query.stride(3) == 1 else query.contiguous())
+    query = as_rows(query)
     sink_logits = None if sink_logits is None else aligned(sink_logits)
-    strides = (0, 0)
-    if visible is not None:
-        visible = aligned(visible if visible.stride(3) == 1 else visible.contiguous())
-        strides = (visible.stride(0) if visible.shape[0] > 1 else 0, visible.stride(2))
+    visible, strides = as_mask(visible)
     if arrivals is None:
         arrivals = torch.zeros(num_rows, dtype=torch.int32, device=query.device)
     heads = num_heads // num_lists
@@ -301,7 +298,7 @@ def _attend(
         query, keys, values, token_indices, visible, sink_logits, counters,
         partial, partial[_round_up(size * value_head_dim) :], arrivals, output,
         *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
-        scale / softcap if has_cap else scale * _LOG2_E, softcap,
+        scale / softcap if has_cap else scale * LOG2_E.value, softcap,
     )  # fmt: skip
     return output
 

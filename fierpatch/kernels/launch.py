@@ -76,6 +76,19 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """A 4-D tensor as kernels take it: contiguous in the last dimension, and `aligned`."""
+    return aligned(tensor if tensor.stride(3) == 1 else tensor.contiguous())
+
+
+def as_mask(visible: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """A mask ``[B or 1, 1, T, S]`` as kernels take it, and its strides over B and T."""
+    if visible is None:
+        return None, (0, 0)
+    visible = as_rows(visible)
+    return visible, (visible.stride(0) if visible.shape[0] > 1 else 0, visible.stride(2))
+
+
 def check_device(device: torch.device) -> None:
     """Check that kernels can run on tensors of this device.
 

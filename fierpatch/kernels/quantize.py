@@ -10,9 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE_SIZE = tl.constexpr(512)
-ROWS = tl.constexpr(32)
-FLOAT16_MAX = tl.constexpr(65504.0)
+from fierpatch.kernels.constants import FLOAT16_MAX, ROWS, TILE_SIZE
 
 
 @triton.jit

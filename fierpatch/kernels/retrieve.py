@@ -12,13 +12,13 @@ from torch import Tensor
 from fierpatch.index import RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.launch import Specialization, aligned
+from fierpatch.kernels.constants import LOG2_E
+from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.query import rotate_query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
 from fierpatch.kernels.shape import CHANNELS_AT_ONCE, MAX_HEADS, Scratch, Shape
 from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
 
-_LOG2_E = 1.4426950408889634
 _GROUPS = 64  # groups a program multiplies with the query
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
 
@@ -38,7 +38,7 @@ class Logits:
     @property
     def factor(self) -> float:
         """What kernels multiply scores by: to units of log2, or of the cap."""
-        return self.scale / self.softcap if self.softcap > 0 else self.scale * _LOG2_E
+        return self.scale / self.softcap if self.softcap > 0 else self.scale * LOG2_E.value
 
 
 def score(
@@ -58,7 +58,7 @@ def score(
         counters: int64 ``[4]``; the first is the number of tokens stored.
         visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
     """
-    query = aligned(query if query.stride(3) == 1 else query.contiguous())
+    query = as_rows(query)
     rotate(shape, scratch, query, state, counters, logits)
     score_tiles(shape, scratch, query, state, counters, logits, visible)
 
@@ -95,10 +95,7 @@ def score_tiles(
     visible: Tensor | None,
 ) -> None:
     """The scores of every tile, after `rotate`."""
-    strides = (0, 0)
-    if visible is not None:
-        visible = aligned(visible if visible.stride(3) == 1 else visible.contiguous())
-        strides = (visible.stride(0) if visible.shape[0] > 1 else 0, visible.stride(2))
+    visible, strides = as_mask(visible)
     grid = (shape.tiles, shape.score_rows, shape.head_blocks)
     outputs = (scratch.logit, scratch.most, scratch.sum, scratch.count, scratch.high)
     sizes = (shape.num_kv_heads, shape.num_queries, shape.tiles)

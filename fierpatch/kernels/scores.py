@@ -9,11 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fierpatch.kernels.constants import BINS, LOG2_E, ROWS, TILE_SIZE
 from fierpatch.kernels.query import load_query
-
-TILE_SIZE = tl.constexpr(512)
-ROWS = tl.constexpr(32)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -38,7 +35,7 @@ def _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS: tl.constexpr):
     """Zeros for the selection to count in, for the lists of one KV head and query."""
     for list_ in range(0, LISTS):
         row = (kv_row * LISTS + list_) * num_queries + t
-        tl.store(high_ptr + row * 256 + tl.arange(0, 256), tl.zeros([256], tl.int32))
+        tl.store(high_ptr + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
 
 @triton.jit

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fierpatch.index import KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
+from fierpatch.kernels.constants import BINS
 
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
 MAX_HEADS = 8  # query heads a program scores
 _MIN_BLOCK, _MAX_BLOCK = 2048, 4096  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
 _MAX_PROGRAMS = 256  # of the selection: more would only wait for each other
-_BINS = 256
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,24 @@ class Shape:
     budget: int
     per_query_head: bool
     block: int = 0
+
+    @classmethod
+    def of(
+        cls, index: KeyIndex, query: Tensor, planes: Tensor, *, budget: int, per_query_head: bool
+    ) -> Shape:
+        """The shape of a retrieval for ``query [B, Hq, T, D]`` over an index with such planes."""
+        batch_size, num_heads, num_queries, _ = query.shape
+        num_kv_heads, tiles = planes.shape[1:3]
+        return cls(
+            index=index,
+            batch_size=batch_size,
+            num_kv_heads=num_kv_heads,
+            num_groups=num_heads // num_kv_heads,
+            num_queries=num_queries,
+            tiles=tiles,
+            budget=budget,
+            per_query_head=per_query_head,
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -133,15 +151,8 @@ class Scratch:
         counts = (shape.batch_size, shape.num_queries, shape.tiles)
         self.count = empty(*counts, dtype=torch.int32)
         self.key = empty(shape.rows, tokens, dtype=torch.int16)
-        self.high = empty(shape.rows, _BINS, dtype=torch.int32)
+        self.high = empty(shape.rows, BINS.value, dtype=torch.int32)
         self.low = torch.empty_like(self.high)
-        self.chunk_low = empty(shape.rows, shape.chunks, _BINS, dtype=torch.int32)
+        self.chunk_low = empty(shape.rows, shape.chunks, BINS.value, dtype=torch.int32)
         self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
         self.plan = empty(shape.rows, 2, dtype=torch.int32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values()) - (
-            self.operand_bytes.numel()
-        )

@@ -15,10 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE_SIZE = tl.constexpr(512)
-BINS = tl.constexpr(256)
+from fierpatch.kernels.constants import BINS, LOG2_E, TILE_SIZE
+
 ALWAYS = tl.constexpr(65535)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

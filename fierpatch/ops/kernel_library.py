@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fierpatch.index import KeyIndex, make_index
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.shape import Scratch, Shape
+from fierpatch.ops.library import index_like, retrieve_fake
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -56,7 +56,7 @@ def _append(
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
     is_indexed = bool(state) and not is_prompt
-    key_index = _index(index, bits, group_size, seed, keys) if is_indexed else None
+    key_index = index_like(index, bits, group_size, seed, keys) if is_indexed else None
     appending.append(key_index, key, value, keys, values, state, counters)
 
 
@@ -78,17 +78,8 @@ def _retrieve(
     softcap: float,
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
-    planes = state[0]
-    shape = Shape(
-        index=_index(index, bits, group_size, seed, query),
-        batch_size=query.shape[0],
-        num_kv_heads=planes.shape[1],
-        num_groups=query.shape[1] // planes.shape[1],
-        num_queries=query.shape[2],
-        tiles=planes.shape[2],
-        budget=budget,
-        per_query_head=per_query_head,
-    )
+    key_index = index_like(index, bits, group_size, seed, query)
+    shape = Shape.of(key_index, query, state[0], budget=budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
     logits = retrieve.Logits(scale, softcap)
     retrieve.score(shape, scratch, query, state, counters, logits, visible)
@@ -96,28 +87,6 @@ def _retrieve(
         shape, scratch, counters, sinks=sinks, recent=recent,
         sink_logits=sink_logits, has_mask=visible is not None,
     )  # fmt: skip
-
-
-def _retrieve_fake(
-    query: Tensor,
-    state: list[Tensor],
-    counters: Tensor,
-    visible: Tensor | None,
-    sink_logits: Tensor | None,
-    index: str,
-    bits: int,
-    group_size: int,
-    seed: int,
-    budget: int,
-    sinks: int,
-    recent: int,
-    per_query_head: bool,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    num_lists = query.shape[1] if per_query_head else state[0].shape[1]
-    width = min(budget, state[0].shape[2] * 512)
-    return query.new_empty((query.shape[0], num_lists, query.shape[2], width), dtype=torch.int64)
 
 
 def _attend(
@@ -192,9 +161,5 @@ _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", _attend_all_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_retrieve", _retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", _attend_fake, lib=_LIBRARY)
-
-
-def _index(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
-    return make_index(name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed)

@@ -15,9 +15,8 @@ from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
 from fierpatch.kernels.shape import Scratch, Shape
-from fierpatch.ops.library import calibration_sample
-from fierpatch.ops.operators import layer_index
-from fierpatch.reference import fold_groups
+from fierpatch.ops.library import calibrate_prompt
+from fierpatch.ops.operators import index_arguments, layer_index
 
 _MOST_GROUPS = 128  # query heads a KV head, for lists of their own
 
@@ -108,7 +107,7 @@ class KernelOperators:
         """See `Operators`."""
         if torch.compiler.is_compiling():
             torch.ops.fierpatch.triton_append.default(
-                key, value, keys, values, state, counters, is_prompt, *self._index_arguments
+                key, value, keys, values, state, counters, is_prompt, *index_arguments(self.config)
             )
             return
         index = self.index if state and not is_prompt else None
@@ -125,14 +124,13 @@ class KernelOperators:
         """See `Operators`. Reads the counters where need be, for a prompt is no step."""
         if torch.compiler.is_compiling():
             torch.ops.fierpatch.index_prompt.default(
-                query, keys, state, counters, *self._index_arguments
+                query, keys, state, counters, *index_arguments(self.config)
             )
             return None
-        stored, indexed, calibrated = progress or counters.tolist()[:3]
-        if stored >= 2 * calibrated:
-            sampled = fold_groups(calibration_sample(query), keys.shape[1])
-            if self.index.calibrate(state, sampled, keys, stored):
-                indexed, calibrated = 0, stored
+        progress = calibrate_prompt(
+            self.index, query, keys, state, progress or counters.tolist()[:3]
+        )
+        stored, indexed, calibrated = progress
         appending.index_range(self.index, keys, state, indexed, stored)
         counters[1].fill_(stored)
         counters[2].fill_(calibrated)
@@ -159,7 +157,7 @@ class KernelOperators:
         if torch.compiler.is_compiling():
             token_indices = torch.ops.fierpatch.triton_retrieve.default(
                 query, state, counters, visible, sink_logits,
-                *self._index_arguments, config.budget, config.sinks, config.recent,
+                *index_arguments(self.config), config.budget, config.sinks, config.recent,
                 config.per_query_head, scale, softcap,
             )  # fmt: skip
             output = torch.ops.fierpatch.triton_attend.default(
@@ -212,29 +210,22 @@ class KernelOperators:
             partial=self.workspace.partial_of(size, query.device),
         )  # fmt: skip
 
-    @property
-    def _index_arguments(self) -> tuple[str, int, int, int]:
-        config = self.config
-        return config.index, config.bits, config.index_group_size, config.seed
-
     def _shape_of(self, query: Tensor, planes: Tensor) -> Shape:
         """The shape of a retrieval, the last one again where nothing has changed."""
         shape = self._shape
-        batch_size, num_heads, num_queries, _ = query.shape
+        batch_size, _, num_queries, _ = query.shape
         if (
             shape is None
             or shape.tiles != planes.shape[2]
             or shape.num_queries != num_queries
             or shape.batch_size != batch_size
         ):
-            shape = self._shape = Shape(
-                index=self.index,
-                batch_size=batch_size,
-                num_kv_heads=planes.shape[1],
-                num_groups=num_heads // planes.shape[1],
-                num_queries=num_queries,
-                tiles=planes.shape[2],
-                budget=self.config.budget,
-                per_query_head=self.config.per_query_head,
+            config = self.config
+            shape = self._shape = Shape.of(
+                self.index,
+                query,
+                planes,
+                budget=config.budget,
+                per_query_head=config.per_query_head,
             )
         return shape

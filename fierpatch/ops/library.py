@@ -60,16 +60,12 @@ def _append(
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
     stored, indexed, calibrated = counters.tolist()[:3]
+    check_capacity(stored, key.shape[2], keys.shape[2])
     stop = stored + key.shape[2]
-    if stop > keys.shape[2]:
-        raise CapacityError(
-            f"{stored} tokens are stored and {key.shape[2]} more do not fit a static cache of "
-            f"{keys.shape[2]}: generate with a larger max_cache_len, or without a static cache"
-        )
     keys[:, :, stored:stop] = key
     values[:, :, stored:stop] = value
     if state and not is_prompt:
-        _index(index, bits, group_size, seed, keys).append(state, keys, indexed, stop)
+        index_like(index, bits, group_size, seed, keys).append(state, keys, indexed, stop)
         indexed = stop
     counters.copy_(torch.tensor((stop, indexed, calibrated, 0)))
 
@@ -84,16 +80,10 @@ def _index_prompt(
     group_size: int,
     seed: int,
 ) -> None:
-    """Index a prompt by its own queries; calibrate anew when the tokens have doubled.
-
-    Doubling keeps the work of a prompt that comes in chunks within twice that of one that does not.
-    """
-    stored, indexed, calibrated = counters.tolist()[:3]
-    key_index = _index(index, bits, group_size, seed, keys)
-    if stored >= 2 * calibrated:
-        sampled = fold_groups(calibration_sample(query), keys.shape[1])
-        if key_index.calibrate(state, sampled, keys, stored):
-            indexed, calibrated = 0, stored
+    """Index a prompt by its own queries."""
+    key_index = index_like(index, bits, group_size, seed, keys)
+    progress = counters.tolist()[:3]
+    stored, indexed, calibrated = calibrate_prompt(key_index, query, keys, state, progress)
     key_index.append(state, keys, indexed, stored)
     counters.copy_(torch.tensor((stored, stored, calibrated, 0)))
 
@@ -118,7 +108,7 @@ def _retrieve(
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
     length = int(counters[0])
     token_indices = reference.select_from_index(
-        _index(index, bits, group_size, seed, query),
+        index_like(index, bits, group_size, seed, query),
         state,
         query,
         length,
@@ -136,7 +126,7 @@ def _retrieve(
     return torch.nn.functional.pad(token_indices, (0, missing), value=-1)
 
 
-def _retrieve_fake(
+def retrieve_fake(
     query: Tensor,
     state: list[Tensor],
     counters: Tensor,
@@ -153,6 +143,7 @@ def _retrieve_fake(
     scale: float,
     softcap: float,
 ) -> Tensor:
+    """What `_retrieve` returns, without the numbers."""
     num_lists = query.shape[1] if per_query_head else state[0].shape[1]
     width = min(budget, state[0].shape[2] * 512)
     return query.new_empty((query.shape[0], num_lists, query.shape[2], width), dtype=torch.int64)
@@ -193,11 +184,42 @@ def _attend_fake(
     return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
 
 
-def calibration_sample(query: Tensor) -> Tensor:
-    """A few of a prompt's queries ``[B, Hq, T, D]``, evenly spaced over its newest."""
-    window = min(query.shape[2], _CALIBRATION_WINDOW)
-    step = -(-window // _MAX_CALIBRATION_QUERIES)
-    return query[:, :, query.shape[2] - window :][:, :, ::step]
+def calibrate_prompt(
+    index: KeyIndex, query: Tensor, keys: Tensor, state: list[Tensor], progress: list[int]
+) -> list[int]:
+    """Calibrate by some of a prompt's newest queries where the tokens have doubled since.
+
+    Doubling keeps the work of a prompt that comes in chunks within twice that of one that does not.
+
+    Args:
+        query: ``[B, Hq, T, D]``, the prompt's.
+        keys: ``[B, H, C, D]``.
+        progress: tokens stored, indexed, and at the last calibration.
+
+    Returns:
+        The progress, with nothing indexed where all has to be indexed anew.
+    """
+    stored, indexed, calibrated = progress
+    if stored >= 2 * calibrated:
+        window = min(query.shape[2], _CALIBRATION_WINDOW)
+        step = -(-window // _MAX_CALIBRATION_QUERIES)
+        sampled = query[:, :, query.shape[2] - window :][:, :, ::step]
+        if index.calibrate(state, fold_groups(sampled, keys.shape[1]), keys, stored):
+            indexed, calibrated = 0, stored
+    return [stored, indexed, calibrated]
+
+
+def check_capacity(stored: int, num_new: int, capacity: int) -> None:
+    """Check new tokens against the room of a static cache.
+
+    Raises:
+        CapacityError: they do not fit.
+    """
+    if stored + num_new > capacity:
+        raise CapacityError(
+            f"{stored} tokens are stored and {num_new} more do not fit a static cache of "
+            f"{capacity}: generate with a larger max_cache_len, or without a static cache"
+        )
 
 
 _LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
@@ -206,9 +228,10 @@ _LIBRARY.impl("retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::index_prompt", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::retrieve", _retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::attend", _attend_fake, lib=_LIBRARY)
 
 
-def _index(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
+def index_like(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
+    """The index that an op names, for the head_dim of ``like [..., D]``."""
     return make_index(name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed)

@@ -108,11 +108,6 @@ class ReferenceOperators:
     name: ClassVar[str] = "reference"
     buffers: ClassVar[tuple[Tensor, ...]] = ()
 
-    @property
-    def _index(self) -> tuple[str, int, int, int]:
-        config = self.config
-        return config.index, config.bits, config.index_group_size, config.seed
-
     def settle(self, keys: Tensor) -> None:
         """See `Operators`."""
 
@@ -128,7 +123,7 @@ class ReferenceOperators:
     ) -> None:
         """See `Operators`."""
         torch.ops.fierpatch.append.default(
-            key, value, keys, values, state, counters, is_prompt, *self._index
+            key, value, keys, values, state, counters, is_prompt, *index_arguments(self.config)
         )
 
     def index_prompt(
@@ -140,7 +135,9 @@ class ReferenceOperators:
         progress: list[int] | None,
     ) -> list[int] | None:
         """See `Operators`."""
-        torch.ops.fierpatch.index_prompt.default(query, keys, state, counters, *self._index)
+        torch.ops.fierpatch.index_prompt.default(
+            query, keys, state, counters, *index_arguments(self.config)
+        )
         return None if torch.compiler.is_compiling() else counters.tolist()[:3]
 
     def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
@@ -162,7 +159,7 @@ class ReferenceOperators:
         """See `Operators`."""
         config = self.config
         token_indices = torch.ops.fierpatch.retrieve.default(
-            query, state, counters, visible, sink_logits, *self._index, config.budget,
+            query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
             config.sinks, config.recent, config.per_query_head, scale, softcap,
         )  # fmt: skip
         output = torch.ops.fierpatch.attend.default(
@@ -185,15 +182,15 @@ class ReferenceOperators:
         return None
 
 
+def index_arguments(config: FierConfig) -> tuple[str, int, int, int]:
+    """Name, bits, group_size and seed of the index, as the library ops take them."""
+    return config.index, config.bits, config.index_group_size, config.seed
+
+
 def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:
     """The index that the settings ask for, for keys of `head_dim` channels."""
-    return make_index(
-        config.index,
-        head_dim=head_dim,
-        bits=config.bits,
-        group_size=config.index_group_size,
-        seed=config.seed,
-    )
+    name, bits, group_size, seed = index_arguments(config)
+    return make_index(name, head_dim=head_dim, bits=bits, group_size=group_size, seed=seed)
 
 
 def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
