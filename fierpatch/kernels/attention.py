@@ -348,8 +348,4 @@ def attend_specialization(
         "HAS_SINK": sink_dtype is not None,
         "HAS_COUNTERS": has_counters,
     }
-    # A list is a block or two a program; all tokens are many, and worth fetching ahead.
-    num_warps, num_stages = (8, 1) if has_list else (4, 3)
-    return Specialization(
-        gather_attention_kernel, constants, num_warps=num_warps, num_stages=num_stages
-    )
+    return Specialization(gather_attention_kernel, constants, num_warps=4, num_stages=3)

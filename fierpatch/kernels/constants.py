@@ -11,5 +11,6 @@ from fierpatch.index import base, packing
 TILE_SIZE = tl.constexpr(packing.TILE_SIZE)
 ROWS = tl.constexpr(packing.ROWS)
 FLOAT16_MAX = tl.constexpr(base.FLOAT16_MAX)
-BINS = tl.constexpr(256)  # of a histogram in the selection: a byte of a key
+EXPONENTS = tl.constexpr(64)  # that a key of the selection tells apart
+MANTISSAS = tl.constexpr(256)
 LOG2_E = tl.constexpr(math.log2(math.e))

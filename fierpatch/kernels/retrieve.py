@@ -1,4 +1,4 @@
-"""Choosing the tokens of a step: query transform, scores and selection, a launch each."""
+"""Choosing the tokens of a step: one launch of scores, and three of selection."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import triton
 from torch import Tensor
 
 from fierpatch.index import RotatedIndex
-from fierpatch.index.packing import TILE_SIZE
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import LOG2_E
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
-from fierpatch.kernels.query import rotate_query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
-from fierpatch.kernels.shape import CHANNELS_AT_ONCE, MAX_HEADS, Scratch, Shape
+from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, MAX_HEADS, Scratch, Shape
 from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
 
-_GROUPS = 64  # groups a program multiplies with the query
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
 
 
@@ -48,67 +45,37 @@ def score(
     state: list[Tensor],
     counters: Tensor,
     logits: Logits,
-    visible: Tensor | None = None,
+    visible: Tensor | None,
+    ready: Tensor,
 ) -> None:
-    """Fill ``scratch.logit`` and the softmax statistics of its tiles.
+    """Fill ``scratch.weight`` and the softmax statistics of its tiles.
 
     Args:
-        query: ``[B, Hq, T, D]``, last dimension contiguous.
+        query: ``[B, Hq, T, D]``.
         state: the index's tensors.
         counters: int64 ``[4]``; the first is the number of tokens stored.
         visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
+        ready: int32 zeros, `Shape.score_programs` at least, which `select` puts back.
     """
     query = as_rows(query)
-    rotate(shape, scratch, query, state, counters, logits)
-    score_tiles(shape, scratch, query, state, counters, logits, visible)
-
-
-def rotate(
-    shape: Shape,
-    scratch: Scratch,
-    query: Tensor,
-    state: list[Tensor],
-    counters: Tensor,
-    logits: Logits,
-) -> None:
-    """The query as the rotated index scores it; nothing to do for the others."""
-    if not isinstance(shape.index, RotatedIndex):
-        return
-    _, _, centre, balance, rotation = state
-    groups = shape.tiles * TILE_SIZE // shape.index.group_size
-    tasks = triton.cdiv(shape.index.head_dim, CHANNELS_AT_ONCE) + triton.cdiv(groups, _GROUPS)
-    rotate_specialization(shape, query.dtype).launch(
-        (tasks, shape.score_rows, shape.head_blocks),
-        query, balance, rotation, centre, counters,
-        scratch.operand, scratch.total, scratch.unit, scratch.mean,
-        *query.stride()[:3], shape.num_kv_heads, shape.num_queries, shape.tiles, logits.factor,
-    )  # fmt: skip
-
-
-def score_tiles(
-    shape: Shape,
-    scratch: Scratch,
-    query: Tensor,
-    state: list[Tensor],
-    counters: Tensor,
-    logits: Logits,
-    visible: Tensor | None,
-) -> None:
-    """The scores of every tile, after `rotate`."""
     visible, strides = as_mask(visible)
-    grid = (shape.tiles, shape.score_rows, shape.head_blocks)
-    outputs = (scratch.logit, scratch.most, scratch.sum, scratch.count, scratch.high)
+    outputs = (scratch.weight, scratch.most, scratch.sum, scratch.count, scratch.high)
     sizes = (shape.num_kv_heads, shape.num_queries, shape.tiles)
     has_mask, has_cap = visible is not None, logits.softcap > 0
     if isinstance(shape.index, RotatedIndex):
-        rotated_scores_specialization(shape, has_mask, has_cap).launch(
-            grid, scratch.operand_bytes, scratch.total, scratch.unit, scratch.mean,
-            state[0].view(torch.int8), state[1], counters, visible, *outputs,
-            *strides, *sizes, logits.softcap,
+        planes, scale, centre, balance, rotation = state
+        rotated_scores_specialization(shape, query.dtype, has_mask, has_cap).launch(
+            (shape.query_tasks + shape.tiles, shape.score_rows, shape.head_blocks),
+            query, balance, rotation, centre, scratch.operand, scratch.operand_bytes,
+            scratch.total, scratch.unit, scratch.mean, ready,
+            planes.view(torch.int8), scale, counters, visible, *outputs,
+            *query.stride()[:3], *strides, *sizes, shape.query_tasks,
+            logits.factor, logits.softcap,
         )  # fmt: skip
     else:
         fier_scores_specialization(shape, query.dtype, has_mask, has_cap).launch(
-            grid, query, *state, counters, visible, *outputs,
+            (shape.tiles, shape.score_rows, shape.head_blocks),
+            query, *state, counters, visible, *outputs,
             *query.stride()[:3], *strides, *sizes, logits.factor, logits.softcap,
         )  # fmt: skip
 
@@ -117,6 +84,7 @@ def select(
     shape: Shape,
     scratch: Scratch,
     counters: Tensor,
+    ready: Tensor,
     *,
     sinks: int,
     recent: int,
@@ -134,7 +102,8 @@ def select(
     sink_dtype = None if sink_logits is None else sink_logits.dtype
     make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype)
     make_keys.launch(
-        grid, scratch.logit, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
+        grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, ready,
+        counters,
         scratch.key, scratch.high, scratch.low,
         shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
     )  # fmt: skip
@@ -148,27 +117,9 @@ def select(
 
 
 @cache
-def rotate_specialization(shape: Shape, dtype: torch.dtype) -> Specialization:
-    """Of `rotate_query_kernel`."""
-    head_dim = shape.index.head_dim
-    constants = {
-        "D": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "G": shape.num_groups,
-        "HEADS": shape.heads,
-        "BLOCKS": shape.head_blocks,
-        "GROUP": shape.index.group_size,
-        "OUT": CHANNELS_AT_ONCE,
-        "GROUPS": _GROUPS,
-        "NORM": rotation_norm(head_dim),
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-    }
-    num_warps = 4 if head_dim <= 128 else 8
-    return Specialization(rotate_query_kernel, constants, num_warps=num_warps)
-
-
-@cache
-def rotated_scores_specialization(shape: Shape, has_mask: bool, has_cap: bool) -> Specialization:
+def rotated_scores_specialization(
+    shape: Shape, dtype: torch.dtype, has_mask: bool, has_cap: bool
+) -> Specialization:
     """Of `rotated_scores_kernel`."""
     assert isinstance(shape.index, RotatedIndex)
     head_dim = shape.index.head_dim
@@ -181,8 +132,12 @@ def rotated_scores_specialization(shape: Shape, has_mask: bool, has_cap: bool) -
         "BLOCKS": shape.head_blocks,
         "BITS": shape.index.bits,
         "GROUP": shape.index.group_size,
+        "OUT": CHANNELS_AT_ONCE,
         "CHANNEL_BLOCKS": channel_blocks,
         "BLOCK_C": triton.next_power_of_2(channel_blocks),
+        "GROUPS": GROUPS_AT_ONCE,
+        "NORM": rotation_norm(head_dim),
+        "SPLIT": dtype == torch.float32,
         "LISTS": shape.num_lists // shape.num_kv_heads,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
@@ -227,6 +182,7 @@ def select_specializations(
         "BLOCK_H": triton.next_power_of_2(heads),
         **block,
         "BLOCK_TILES": 256,
+        "SCORE_BLOCKS": shape.head_blocks,
         "HAS_MASK": has_mask,
         "HAS_SINK": sink_dtype is not None,
     }

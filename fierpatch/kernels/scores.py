@@ -1,7 +1,8 @@
 """Scores of every token by the bit planes of an index, and each head's softmax statistics.
 
 A program scores one tile of 512 tokens for up to 8 query heads of a KV head. Logits are in units of
-log2, so that ``exp2`` turns them into weights; 0 weight is -inf.
+log2, so that ``exp2`` turns them into weights. What is kept of a logit is its weight beside the
+largest of its tile, in 16 bits: as many as the memory is to carry twice.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import BINS, LOG2_E, ROWS, TILE_SIZE
-from fierpatch.kernels.query import load_query
+from fierpatch.kernels.constants import EXPONENTS, LOG2_E, ROWS, TILE_SIZE
+from fierpatch.kernels.query import load_query, multiply_centres, rotate_query
 
 
 @triton.jit
@@ -35,7 +36,9 @@ def _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS: tl.constexpr):
     """Zeros for the selection to count in, for the lists of one KV head and query."""
     for list_ in range(0, LISTS):
         row = (kv_row * LISTS + list_) * num_queries + t
-        tl.store(high_ptr + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+        tl.store(
+            high_ptr + row * EXPONENTS + tl.arange(0, EXPONENTS), tl.zeros([EXPONENTS], tl.int32)
+        )
 
 
 @triton.jit
@@ -53,6 +56,18 @@ def _byte_plane(words, p: tl.constexpr):
         return words & tl.full([], -128, tl.int8)
     else:
         return words & tl.full([], 1 << p, tl.int8)
+
+
+@triton.jit
+def _sum_bytes(words, low_words, operand, p: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr):
+    """Planes p and p + 8 times the query: twice the sum over set bits, ``[32, 2, HEADS]``."""
+    sums = tl.dot(_byte_plane(words, p), operand, out_dtype=tl.int32)
+    if BITS == 2:
+        sums = 2 * sums + tl.dot(_byte_plane(low_words, p), operand, out_dtype=tl.int32)
+    sums = tl.reshape(sums, [ROWS, 2, HEADS, 2])
+    byte_worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
+    sums = tl.sum(sums * byte_worth[None, None, None, :], axis=3)
+    return sums.to(tl.float32) * _byte_weight(p)
 
 
 @triton.jit
@@ -82,35 +97,98 @@ def _half_weight(p: tl.constexpr):
 
 
 @triton.jit
-def _weights_of(logit, most):
-    """``2 ** (logit - most)`` where `most` may be -inf for heads that saw nothing yet."""
-    return tl.exp2(logit - tl.where(most == float("-inf"), 0.0, most))
+def _half_bits(weight, logit):
+    """A weight up to 1 as 15 bits, those of float32 from the exponent on, rounded: `weight_of`.
+
+    0 is an invisible token; one that is visible has 1 at least.
+    """
+    bits = (weight.to(tl.int32, bitcast=True) + 0x4000) >> 15
+    return tl.where(logit > float("-inf"), tl.maximum(bits, 1), 0).to(tl.int16)
+
+
+@triton.jit
+def weight_of(bits):
+    """The float32 that `_half_bits` stand for, in an int32."""
+    return (bits << 15).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _write_tile(
+    logit,
+    weight_ptr,
+    most_ptr,
+    sum_ptr,
+    row,
+    tile,
+    tiles,
+    first_head,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """A tile's logits ``[512, HEADS]`` as the selection reads them, see `rotated_scores_kernel`."""
+    head = first_head + tl.arange(0, HEADS)
+    most = tl.max(logit, axis=0)
+    weight = tl.exp2(logit - tl.where(most == float("-inf"), 0.0, most)[None, :])
+    token = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
+    weight_ptr += row * tiles * (TILE_SIZE * G)
+    tl.store(
+        weight_ptr + token[:, None] * G + head[None, :],
+        _half_bits(weight, logit),
+        mask=(head < G)[None, :],
+    )
+    place = (row * tiles + tile) * G + head
+    tl.store(most_ptr + place, most, mask=head < G)
+    tl.store(sum_ptr + place, tl.sum(weight, axis=0), mask=head < G)
+
+
+@triton.jit
+def _await_tasks(ready_ptr, tasks):
+    """Wait until the row's tasks have run.
+
+    Programs start in the order of their numbers, so the tasks are done or running. What they wrote
+    is to be loaded past the first-level cache, where a neighbour's load may have left older bytes.
+    """
+    while tl.load(ready_ptr, volatile=True) < tasks:
+        pass
+    tl.debug_barrier()  # no load may be moved ahead of the wait
 
 
 @triton.jit(
     do_not_specialize=[
-        "visible_stride_b", "visible_stride_t", "num_kv_heads", "num_queries", "tiles"
+        "stride_b", "stride_h", "stride_t", "visible_stride_b", "visible_stride_t",
+        "num_kv_heads", "num_queries", "tiles", "tasks",
     ]
 )  # fmt: skip
 def rotated_scores_kernel(
+    query_ptr,
+    balance_ptr,
+    rotation_ptr,
+    centre_ptr,
     operand_ptr,
+    operand_bytes_ptr,
     total_ptr,
     unit_ptr,
     mean_ptr,
+    ready_ptr,
     planes_ptr,
     scale_ptr,
     counters_ptr,
     visible_ptr,
-    logit_ptr,
+    weight_ptr,
     most_ptr,
     sum_ptr,
     count_ptr,
     high_ptr,
+    stride_b: tl.int64,
+    stride_h: tl.int64,
+    stride_t: tl.int64,
     visible_stride_b: tl.int64,
     visible_stride_t: tl.int64,
     num_kv_heads,
     num_queries,
     tiles,
+    tasks,
+    logit_scale,
     softcap,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,32 +197,72 @@ def rotated_scores_kernel(
     BLOCKS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    OUT: tl.constexpr,
     CHANNEL_BLOCKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
     LISTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    """The estimate ``a (R (q / d)) . b + q . mu`` of every token of one tile.
+    """The estimate ``a (R (q / d)) . b + q . mu`` of every token, a tile a program.
+
+    The first programs of a row prepare its query, see `fierpatch.kernels.query`; those of its tiles
+    wait for them when they have asked for their planes. ready int32 ``[row, block]`` counts the
+    former; it is 0 before, and the selection puts it back.
 
     Words of two bytes are read as bytes, so bit p of the first and second byte are the planes p
     and p + 8. An AND leaves one plane of each as signed bytes, which the integer units multiply by
     the two bytes of the query, interleaved with zeros. All sums are whole numbers, hence exact.
 
-    Writes logit float32 ``[r, token, G]``, most and sum ``[r, tile, G]`` (the tile's largest logit
-    and its sum of ``2 ** (logit - most)``) and with a mask count int32 ``[b, t, tile]``. Clears
-    high, in which the selection counts.
+    Writes most and sum float32 ``[r, tile, G]`` (the tile's largest logit and its sum of ``2 **
+    (logit - most)``), weight int16 ``[r, token, G]`` (each token's part of that sum, see
+    `weight_of`) and with a mask count int32 ``[b, t, tile]``. Clears high, in which the selection
+    counts.
     """
-    tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     t = row % num_queries
     kv_row = row // num_queries
     length = tl.load(counters_ptr).to(tl.int32)
+    ready_ptr += row * BLOCKS + block
+    slot = (row * BLOCKS + block) * HEADS
+    heads_in_all: tl.constexpr = BLOCKS * HEADS
+    groups_per_tile: tl.constexpr = TILE_SIZE // GROUP
+    mean_ptr += row * tiles * (groups_per_tile * heads_in_all) + block * HEADS
+    if tl.program_id(0) < tasks:
+        if length == 0:
+            return
+        task = tl.program_id(0)
+        b = kv_row // num_kv_heads
+        first_head = (kv_row % num_kv_heads) * G + block * HEADS
+        query_ptr += b * stride_b + first_head * stride_h + t * stride_t
+        num_heads = tl.minimum(G - block * HEADS, HEADS)
+        query = load_query(
+            query_ptr, tl.arange(0, 16), tl.arange(0, BLOCK_D), num_heads, stride_h, D
+        )
+        if task < CHANNEL_BLOCKS:
+            rotate_query(
+                query, balance_ptr + kv_row * D, rotation_ptr, operand_ptr, total_ptr, unit_ptr,
+                slot, task, logit_scale, D, BLOCK_D, HEADS, OUT, NORM,
+            )  # fmt: skip
+        else:
+            first_group = (task - CHANNEL_BLOCKS) * GROUPS
+            num_groups = tl.cdiv(length, GROUP)
+            if first_group < num_groups:
+                multiply_centres(
+                    query, centre_ptr + kv_row * tiles * (groups_per_tile * D), mean_ptr,
+                    first_group, num_groups, heads_in_all, logit_scale,
+                    D, BLOCK_D, HEADS, GROUPS, SPLIT,
+                )  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(ready_ptr, 1, sem="acq_rel")
+        return
+    tile = tl.program_id(0) - tasks
     if tile * TILE_SIZE >= length:
         return
-    if (tile == 0) and (block == 0):
-        _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
     if not HAS_MASK:
         length -= (num_queries - 1 - t).to(tl.int32)
     columns: tl.constexpr = 4 * HEADS
@@ -152,84 +270,113 @@ def rotated_scores_kernel(
     byte = tl.arange(0, 2 * BLOCK_D)
     column = tl.arange(0, columns)
     head = tl.arange(0, HEADS)
-    half = tl.arange(0, 2)
-    slot = (row * BLOCKS + block) * HEADS
     inside = byte < 2 * D
     tile_row = kv_row * tiles + tile
     words_ptr = planes_ptr + tile_row * (BITS * ROWS * 2 * D) + r[:, None] * (2 * D) + byte[None, :]
     words = tl.load(words_ptr, mask=inside[None, :], other=0)
+    low_words = words
     if BITS == 2:
         low_words = tl.load(words_ptr + ROWS * 2 * D, mask=inside[None, :], other=0)
+    token = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
+    if HAS_MASK:
+        visible_ptr += (kv_row // num_kv_heads) * visible_stride_b + t * visible_stride_t
+    scale = tl.load(scale_ptr + kv_row * tiles * TILE_SIZE + token)
+    if (tile == 0) and (block == 0):
+        _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
+    _await_tasks(ready_ptr, tasks)
     operand = tl.load(
-        operand_ptr + slot * 8 * D + column[None, :] * (2 * D) + byte[:, None],
+        operand_bytes_ptr + slot * 8 * D + column[None, :] * (2 * D) + byte[:, None],
         mask=inside[:, None],
         other=0,
+        cache_modifier=".cg",
     )
     part = tl.arange(0, BLOCK_C)
     totals = tl.load(
         total_ptr + (slot + head)[:, None] * CHANNEL_BLOCKS + part[None, :],
         mask=(part < CHANNEL_BLOCKS)[None, :],
         other=0,
+        cache_modifier=".cg",
     )
     total = tl.sum(totals, axis=1).to(tl.float32) * (3 if BITS == 2 else 1)
-    unit = tl.load(unit_ptr + slot + head)
-    byte_worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
-
-    heads_in_all: tl.constexpr = BLOCKS * HEADS
-    groups_per_tile: tl.constexpr = TILE_SIZE // GROUP
-    planes_per_group: tl.constexpr = GROUP // 32
-    mean_ptr += ((row * tiles + tile) * groups_per_tile) * heads_in_all + block * HEADS
-    scale_ptr += tile_row * TILE_SIZE
-    if HAS_MASK:
-        visible_ptr += (kv_row // num_kv_heads) * visible_stride_b + t * visible_stride_t
-    first = tile * TILE_SIZE
-    place = r[:, None] + (TILE_SIZE // 2) * half[None, :]  # [32, 2] tokens of planes 0 and 8
-    global_head = block * HEADS + head
-    logit_ptr += (row * tiles * TILE_SIZE + first) * G
-    most = tl.full([ROWS, HEADS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS, HEADS], tl.float32)
-    count = tl.zeros([ROWS, 2], tl.int32)
-    # What a plane needs of memory is asked for a plane ahead: its loads cannot pass the stores.
-    scale = tl.load(scale_ptr + place)
-    visible = _load_visible(visible_ptr, first + place, length, HAS_MASK)
-    for p in tl.static_range(8):
-        if p < 7:
-            next_place = place + (p + 1) * ROWS
-            next_scale = tl.load(scale_ptr + next_place)
-            next_visible = _load_visible(visible_ptr, first + next_place, length, HAS_MASK)
-        if p % planes_per_group == 0:
-            group = p // planes_per_group + half * (8 // planes_per_group)
-            mean = tl.load(mean_ptr + group[:, None] * heads_in_all + head[None, :])
-        sums = tl.dot(_byte_plane(words, p), operand, out_dtype=tl.int32)
-        if BITS == 2:
-            sums = 2 * sums + tl.dot(_byte_plane(low_words, p), operand, out_dtype=tl.int32)
-        sums = tl.reshape(sums, [ROWS, 2, HEADS, 2])
-        sums = tl.sum(sums * byte_worth[None, None, None, :], axis=3)  # [32, 2, HEADS]
-        estimate = (sums.to(tl.float32) * _byte_weight(p) - total[None, None, :]) * unit
-        logit = estimate * scale.to(tl.float32)[:, :, None] + mean[None, :, :]
-        if HAS_CAP:
-            logit = cap(logit, softcap)
-        logit = tl.where(visible[:, :, None], logit, float("-inf"))
-        token = place + p * ROWS
-        address = logit_ptr + token[:, :, None] * G + global_head[None, None, :]
-        tl.store(address, logit, mask=(global_head < G)[None, None, :])
-        larger = tl.maximum(most, tl.max(logit, axis=1))
-        weight = weight * _weights_of(most, larger)
-        weight += tl.sum(_weights_of(logit, larger[:, None, :]), axis=1)
-        most = larger
-        if HAS_MASK:
-            count += visible.to(tl.int32)
-        if p < 7:
-            scale = next_scale
-            visible = next_visible
-    largest = tl.max(most, axis=0)
-    weight = tl.sum(weight * _weights_of(most, largest[None, :]), axis=0)
-    partial = (row * tiles + tile) * G + global_head
-    tl.store(most_ptr + partial, largest, mask=global_head < G)
-    tl.store(sum_ptr + partial, weight, mask=global_head < G)
+    unit = tl.load(unit_ptr + slot + head, cache_modifier=".cg")
+    group = tile * groups_per_tile + tl.arange(0, groups_per_tile)
+    mean = tl.load(mean_ptr + group[:, None] * heads_in_all + head[None, :], cache_modifier=".cg")
+    sums = tl.join(
+        tl.join(
+            tl.join(
+                _sum_bytes(words, low_words, operand, 0, HEADS, BITS),
+                _sum_bytes(words, low_words, operand, 1, HEADS, BITS),
+            ),
+            tl.join(
+                _sum_bytes(words, low_words, operand, 2, HEADS, BITS),
+                _sum_bytes(words, low_words, operand, 3, HEADS, BITS),
+            ),
+        ),
+        tl.join(
+            tl.join(
+                _sum_bytes(words, low_words, operand, 4, HEADS, BITS),
+                _sum_bytes(words, low_words, operand, 5, HEADS, BITS),
+            ),
+            tl.join(
+                _sum_bytes(words, low_words, operand, 6, HEADS, BITS),
+                _sum_bytes(words, low_words, operand, 7, HEADS, BITS),
+            ),
+        ),
+    )  # row, half, head, and the bits of the plane from the lowest on
+    sums = tl.reshape(tl.permute(sums, (1, 5, 4, 3, 0, 2)), [TILE_SIZE, HEADS])
+    visible = _load_visible(visible_ptr, token, length, HAS_MASK)
+    logit = (sums - total[None, :]) * unit[None, :] * scale.to(tl.float32)[:, None]
+    logit = tl.reshape(logit, [groups_per_tile, GROUP, HEADS]) + mean[:, None, :]
+    logit = tl.reshape(logit, [TILE_SIZE, HEADS])
+    if HAS_CAP:
+        logit = cap(logit, softcap)
+    logit = tl.where(visible[:, None], logit, float("-inf"))
+    _write_tile(logit, weight_ptr, most_ptr, sum_ptr, row, tile, tiles, block * HEADS, G, HEADS)
     if HAS_MASK and (block == 0) and (kv_row % num_kv_heads == 0):
         counted = ((kv_row // num_kv_heads) * num_queries + t) * tiles + tile
-        tl.store(count_ptr + counted, tl.sum(tl.sum(count, axis=1), axis=0))
+        tl.store(count_ptr + counted, tl.sum(visible.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _fier_plane(
+    words, query, offsets, scale_ptr, inside, p: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr
+):
+    """Plane p's ``q . K~`` in units of the query's largest channel: ``[32, HEADS]``."""
+    group: tl.constexpr = p // (GROUP // 32)
+    scale = tl.load(scale_ptr + group * D, mask=inside, other=0.0)
+    sums = tl.dot(_half_plane(words, p), query * scale[:, None]) * _half_weight(p)
+    is_its = (tl.arange(0, 16) == group)[:, None]
+    return sums + tl.sum(tl.where(is_its, offsets, 0.0), axis=0)[None, :]
+
+
+@triton.jit
+def _fier_planes(
+    words, query, offsets, scale_ptr, inside,
+    p: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Eight planes from p on: ``[32, HEADS, 2, 2, 2]``, the plane's lowest bit first."""
+    return tl.join(
+        tl.join(
+            tl.join(
+                _fier_plane(words, query, offsets, scale_ptr, inside, p, D, GROUP),
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 1, D, GROUP),
+            ),
+            tl.join(
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 2, D, GROUP),
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 3, D, GROUP),
+            ),
+        ),
+        tl.join(
+            tl.join(
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 4, D, GROUP),
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 5, D, GROUP),
+            ),
+            tl.join(
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 6, D, GROUP),
+                _fier_plane(words, query, offsets, scale_ptr, inside, p + 7, D, GROUP),
+            ),
+        ),
+    )
 
 
 @triton.jit(
@@ -245,7 +392,7 @@ def fier_scores_kernel(
     zero_ptr,
     counters_ptr,
     visible_ptr,
-    logit_ptr,
+    weight_ptr,
     most_ptr,
     sum_ptr,
     count_ptr,
@@ -292,7 +439,6 @@ def fier_scores_kernel(
     channel = tl.arange(0, BLOCK_D)
     head = tl.arange(0, HEADS)
     inside = channel < D
-    global_head = block * HEADS + head
     query_ptr += b * stride_b + (h * G + block * HEADS) * stride_h + t * stride_t
     query = load_query(query_ptr, head, channel, G - block * HEADS, stride_h, D)
     # Within 1, so that its product with a scale stays in float16.
@@ -306,8 +452,7 @@ def fier_scores_kernel(
         mask=inside[None, :],
         other=0,
     )
-    planes_per_group: tl.constexpr = GROUP // 32
-    groups: tl.constexpr = 512 // GROUP
+    groups: tl.constexpr = TILE_SIZE // GROUP
     scale_ptr += tile_row * (groups * D)
     zero_ptr += tile_row * (groups * D)
     # q . (zero - scale) of all groups at once, in the 16 rows that the matrix units want.
@@ -315,44 +460,20 @@ def fier_scores_kernel(
     address = tl.minimum(group, groups - 1)[:, None] * D + channel[None, :]
     offsets = tl.dot(tl.load(zero_ptr + address, mask=inside[None, :], other=0.0), query)
     offsets -= tl.dot(tl.load(scale_ptr + address, mask=inside[None, :], other=0.0), query)
+    token = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
     if HAS_MASK:
         visible_ptr += b * visible_stride_b + t * visible_stride_t
-    first = tile * TILE_SIZE
-    logit_ptr += (row * tiles * TILE_SIZE + first) * G
-    most = tl.full([ROWS, HEADS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS, HEADS], tl.float32)
-    count = tl.zeros([ROWS], tl.int32)
-    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)
-    visible = _load_visible(visible_ptr, first + r, length, HAS_MASK)
-    for p in tl.static_range(16):
-        if p % planes_per_group == 0:
-            scaled = query * scale[:, None]
-            chosen = (group == p // planes_per_group)[:, None]
-            offset = tl.sum(tl.where(chosen, offsets, 0.0), axis=0)
-            if p + planes_per_group < 16:
-                step = (p // planes_per_group + 1) * D
-                scale = tl.load(scale_ptr + channel + step, mask=inside, other=0.0)
-        if p < 15:
-            next_visible = _load_visible(visible_ptr, first + r + (p + 1) * ROWS, length, HAS_MASK)
-        sums = tl.dot(_half_plane(words, p), scaled)
-        logit = (sums * _half_weight(p) + offset[None, :]) * unit[None, :]
-        if HAS_CAP:
-            logit = cap(logit, softcap)
-        logit = tl.where(visible[:, None], logit, float("-inf"))
-        address = logit_ptr + (r + p * ROWS)[:, None] * G + global_head[None, :]
-        tl.store(address, logit, mask=(global_head < G)[None, :])
-        larger = tl.maximum(most, logit)
-        weight = weight * _weights_of(most, larger) + _weights_of(logit, larger)
-        most = larger
-        if HAS_MASK:
-            count += visible.to(tl.int32)
-        if p < 15:
-            visible = next_visible
-    largest = tl.max(most, axis=0)
-    weight = tl.sum(weight * _weights_of(most, largest[None, :]), axis=0)
-    partial = (row * tiles + tile) * G + global_head
-    tl.store(most_ptr + partial, largest, mask=global_head < G)
-    tl.store(sum_ptr + partial, weight, mask=global_head < G)
+    visible = _load_visible(visible_ptr, token, length, HAS_MASK)
+    scale_ptr += channel
+    low = _fier_planes(words, query, offsets, scale_ptr, inside, 0, D, GROUP)
+    high = _fier_planes(words, query, offsets, scale_ptr, inside, 8, D, GROUP)
+    # row, head, and the bits of the plane from the lowest on
+    sums = tl.permute(tl.join(low, high), (5, 4, 3, 2, 0, 1))
+    logit = tl.reshape(sums, [TILE_SIZE, HEADS]) * unit[None, :]
+    if HAS_CAP:
+        logit = cap(logit, softcap)
+    logit = tl.where(visible[:, None], logit, float("-inf"))
+    _write_tile(logit, weight_ptr, most_ptr, sum_ptr, row, tile, tiles, block * HEADS, G, HEADS)
     if HAS_MASK and (block == 0) and (h == 0):
         counted = (b * num_queries + t) * tiles + tile
-        tl.store(count_ptr + counted, tl.sum(count, axis=0))
+        tl.store(count_ptr + counted, tl.sum(visible.to(tl.int32), axis=0))

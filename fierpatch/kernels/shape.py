@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fierpatch.index import KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
-from fierpatch.kernels.constants import BINS
+from fierpatch.kernels.constants import EXPONENTS, MANTISSAS
 
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
+GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
 MAX_HEADS = 8  # query heads a program scores
 _MIN_BLOCK, _MAX_BLOCK = 2048, 4096  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
@@ -87,6 +88,18 @@ class Shape:
         return self.batch_size * self.num_kv_heads * self.num_queries
 
     @cached_property
+    def score_programs(self) -> int:
+        """Programs that share a tile's tokens: one for each block of query heads and query."""
+        return self.score_rows * self.head_blocks
+
+    @cached_property
+    def query_tasks(self) -> int:
+        """Programs that prepare one row's query for the rotated index."""
+        groups = self.tiles * TILE_SIZE // self.index.group_size
+        channels = triton.cdiv(self.index.head_dim, CHANNELS_AT_ONCE)
+        return channels + triton.cdiv(groups, GROUPS_AT_ONCE)
+
+    @cached_property
     def num_lists(self) -> int:
         """Lists of tokens a batch row and query: H, or Hq."""
         return self.num_kv_heads * (self.num_groups if self.per_query_head else 1)
@@ -132,7 +145,7 @@ class Scratch:
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        head_dim, slots = shape.index.head_dim, shape.score_rows * shape.head_blocks * shape.heads
+        head_dim, slots = shape.index.head_dim, shape.score_programs * shape.heads
         tokens = shape.tiles * TILE_SIZE
         groups = tokens // shape.index.group_size
 
@@ -145,14 +158,14 @@ class Scratch:
         self.total = empty(slots * triton.cdiv(head_dim, CHANNELS_AT_ONCE), dtype=torch.int32)
         self.unit = empty(slots)
         self.mean = empty(groups * slots if is_rotated else 0)
-        self.logit = empty(shape.score_rows, tokens, shape.num_groups)
+        self.weight = empty(shape.score_rows, tokens, shape.num_groups, dtype=torch.int16)
         self.most = empty(shape.score_rows, shape.tiles, shape.num_groups)
         self.sum = torch.empty_like(self.most)
         counts = (shape.batch_size, shape.num_queries, shape.tiles)
         self.count = empty(*counts, dtype=torch.int32)
         self.key = empty(shape.rows, tokens, dtype=torch.int16)
-        self.high = empty(shape.rows, BINS.value, dtype=torch.int32)
-        self.low = torch.empty_like(self.high)
-        self.chunk_low = empty(shape.rows, shape.chunks, BINS.value, dtype=torch.int32)
+        self.high = empty(shape.rows, EXPONENTS.value, dtype=torch.int32)
+        self.low = empty(shape.rows, MANTISSAS.value, dtype=torch.int32)
+        self.chunk_low = empty(shape.rows, shape.chunks, MANTISSAS.value, dtype=torch.int32)
         self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
         self.plan = empty(shape.rows, 2, dtype=torch.int32)

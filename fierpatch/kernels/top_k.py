@@ -1,13 +1,14 @@
-"""Exact selection over long rows: a radix select on 16-bit keys, in three launches.
+"""Exact selection over long rows: a radix select on 14-bit keys, in three launches.
 
-The first makes keys and the row's histogram of their high bytes, the second the histogram of the
-low bytes of the keys at the threshold's high byte, the third the list. Only whole numbers are
+The first makes keys and the row's histogram of their exponents, the second the histogram of the
+mantissas of the keys at the threshold's exponent, the third the list. Only whole numbers are
 added up by atomics, so the result is the same in every run: positions ascend, and ties go to the
 lowest. Each launch has one program a chunk of a row, which it reads in blocks.
 
-A key orders tokens as their priority does, the mean over the query group of softmax: its bits as
-float32 without the sign and the lowest 14, so 9 bits of mantissa down to 2 ** -126. 0 is an
-invisible token, 65535 one that is always attended (a sink or a recent).
+A key orders tokens as their priority does, the mean over the query group of softmax. It has 6 bits
+of exponent, down to 2 ** -63, and 8 of mantissa; smaller priorities are alike. 0 is an invisible
+token, 16383 one that is always attended (a sink or a recent). What a histogram costs a GPU is votes
+of its warps, a few for each bit, so the exponent is one and the mantissa the other.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import BINS, LOG2_E, TILE_SIZE
+from fierpatch.kernels.constants import EXPONENTS, LOG2_E, MANTISSAS, TILE_SIZE
+from fierpatch.kernels.scores import weight_of
 
-ALWAYS = tl.constexpr(65535)
+ALWAYS = tl.constexpr((1 << 14) - 1)
+SMALLEST = tl.constexpr((127 - 63) << 8)  # the key of 2 ** -63 before it is moved to 0
 
 
 @triton.jit
-def _threshold(bins, k):
+def _threshold(bins, k, BINS: tl.constexpr):
     """The highest bin such that it and those above hold k, and how many those above hold.
 
     Bin -1 where all together hold fewer.
@@ -35,8 +38,22 @@ def _threshold(bins, k):
 
 @triton.jit
 def _load_key(key_ptr, token, length):
-    key = tl.load(key_ptr + token, mask=token < length, other=0)
-    return key.to(tl.int32) & 0xFFFF
+    return tl.load(key_ptr + token, mask=token < length, other=0).to(tl.int32)
+
+
+@triton.jit
+def _load_bits(
+    weight_ptr, block, length,
+    G: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights of a block's tokens as the scores left them: int16 ``[BLOCK, BLOCK_H]``."""
+    head = tl.arange(0, BLOCK_H)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(
+        weight_ptr + token.to(tl.int64)[:, None] * G + head[None, :],
+        mask=(token < length)[:, None] & (head < HEADS)[None, :],
+        other=0,
+    )
 
 
 @triton.jit
@@ -70,11 +87,12 @@ def _log_sums(
     do_not_specialize=["num_lists", "num_queries", "tiles", "sinks", "recent", "blocks"],
 )
 def key_kernel(
-    logit_ptr,
+    weight_ptr,
     most_ptr,
     sum_ptr,
     sink_ptr,
     count_ptr,
+    ready_ptr,
     counters_ptr,
     key_ptr,
     high_ptr,
@@ -90,20 +108,22 @@ def key_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    SCORE_BLOCKS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SINK: tl.constexpr,
 ):
     """Keys of one chunk of a row, int16 ``[row, token]``.
 
     A row is ``(b, list, t)``; a list is of HEADS of the G query heads of a KV head, all or one.
-    Adds the keys' high bytes to high, int32 ``[row, BINS]``, which the scores have cleared, and
-    clears low, the same of low bytes.
+    Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared, and
+    clears low, the same of mantissas, and ready, by which the scores wait for the query.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(counters_ptr).to(tl.int32)
     if chunk * (BLOCK * blocks) >= length:
         return
+    TILES: tl.constexpr = BLOCK // TILE_SIZE
     t = row % num_queries
     list_ = row // num_queries % num_lists
     b = row // num_queries // num_lists
@@ -112,12 +132,15 @@ def key_kernel(
     first_head = list_ % lists_per_kv_head * HEADS
     score_row = kv_row * num_queries + t
     num_tiles = tl.cdiv(length, TILE_SIZE)
+    head = tl.arange(0, BLOCK_H)
+    weight_ptr += score_row * tiles * TILE_SIZE * G + first_head
+    # What takes longest to come is asked for first.
+    bits = _load_bits(weight_ptr, chunk * blocks, length, G, HEADS, BLOCK_H, BLOCK)
     log_sum = _log_sums(
         most_ptr + score_row * tiles * G + first_head, sum_ptr + score_row * tiles * G + first_head,
         sink_ptr, num_tiles, G, list_ * HEADS,
         HEADS, BLOCK_H, BLOCK_TILES, HAS_SINK,
     )  # fmt: skip
-    head = tl.arange(0, BLOCK_H)
     if HAS_MASK:
         before = 0
         num_visible = 0
@@ -131,33 +154,43 @@ def key_kernel(
             before += tl.sum(tl.where(is_before, counts, 0), axis=0)
     else:
         num_visible = length - (num_queries - 1 - t).to(tl.int32)
-    logit_ptr += score_row * tiles * TILE_SIZE * G + first_head
     key_ptr += row * tiles * TILE_SIZE
-    bin_ = tl.arange(0, BINS)
-    bins = tl.zeros([BINS], tl.int32)
-    for i in range(0, blocks):
-        token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        logit = tl.load(
-            logit_ptr + token[:, None].to(tl.int64) * G + head[None, :],
-            mask=(token < length)[:, None] & (head < HEADS)[None, :],
+    most_ptr += score_row * tiles * G + first_head
+    bin_ = tl.arange(0, EXPONENTS)
+    bins = tl.zeros([EXPONENTS], tl.int32)
+    for block in range(chunk * blocks, chunk * blocks + blocks):
+        tile = block * TILES + tl.arange(0, TILES)
+        mosts = tl.load(
+            most_ptr + tile[:, None] * G + head[None, :],
+            mask=(tile < num_tiles)[:, None] & (head < HEADS)[None, :],
             other=float("-inf"),
         )
-        priority = tl.sum(tl.exp2(logit - log_sum[None, :]), axis=1) * (1.0 / HEADS)
-        is_visible = tl.max(logit, axis=1) > float("-inf")
+        factor = tl.exp2(mosts - log_sum[None, :]) * (1.0 / HEADS)
+        bits = bits.to(tl.int32)
+        weight = tl.reshape(weight_of(bits), [TILES, TILE_SIZE, BLOCK_H]) * factor[:, None, :]
+        priority = tl.reshape(tl.sum(weight, axis=2), [BLOCK])
+        is_visible = tl.max(bits, axis=1) > 0
+        # The next block's are asked for as soon as these are used up.
+        following = tl.where(block + 1 < chunk * blocks + blocks, length, 0)
+        bits = _load_bits(weight_ptr, block + 1, following, G, HEADS, BLOCK_H, BLOCK)
+        token = block * BLOCK + tl.arange(0, BLOCK)
         if HAS_MASK:
             rank = before + tl.cumsum(is_visible.to(tl.int32), axis=0)
             before += tl.sum(is_visible.to(tl.int32), axis=0)
         else:
             rank = token + 1
-        key = priority.to(tl.int32, bitcast=True) >> 14
+        key = (priority.to(tl.int32, bitcast=True) >> 15) - SMALLEST
         key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
         key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
         key = tl.where(is_visible, key, 0)
         tl.store(key_ptr + token, key.to(tl.int16), mask=token < length)
-        bins += tl.histogram(key >> 8, BINS, mask=key > 0)
-    tl.atomic_add(high_ptr + row * BINS + bin_, bins, mask=bins > 0, sem="relaxed")
+        bins += tl.histogram(key >> 8, EXPONENTS, mask=key > 0)
+    tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
     if chunk == 0:
-        tl.store(low_ptr + row * BINS + bin_, tl.zeros([BINS], tl.int32))
+        low_bin = tl.arange(0, MANTISSAS)
+        tl.store(low_ptr + row * MANTISSAS + low_bin, tl.zeros([MANTISSAS], tl.int32))
+        for part in tl.static_range(SCORE_BLOCKS):
+            tl.store(ready_ptr + score_row * SCORE_BLOCKS + part, 0)
 
 
 @triton.jit(do_not_specialize=["budget", "tiles", "blocks"])
@@ -174,54 +207,48 @@ def low_kernel(
     blocks,
     BLOCK: tl.constexpr,
 ):
-    """The keys of one chunk that are above the threshold's high byte, or have it.
+    """The keys of one chunk that are above the threshold's exponent, or have it.
 
     Writes chunk_over int32 ``[row, chunk]``, how many are above; chunk_low int32 ``[row, chunk,
-    BINS]``, the low bytes of those that have it, and adds these to low; plan int32 ``[row, 2]``,
-    the high byte and how many keys of the row are above it.
+    MANTISSAS]``, the mantissas of those that have it, and adds these to low; plan int32 ``[row, 2]``,
+    the exponent and how many keys of the row are above it.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
+    bin_ = tl.arange(0, MANTISSAS)
+    # Asked for before it is known whether there is anything to do: that takes as long to come.
+    highs = tl.load(high_ptr + row * EXPONENTS + tl.arange(0, EXPONENTS))
     length = tl.load(counters_ptr).to(tl.int32)
     if chunk * (BLOCK * blocks) >= length:
         return
-    bin_ = tl.arange(0, BINS)
-    high, above = _threshold(tl.load(high_ptr + row * BINS + bin_), budget)
-    place = row * tl.num_programs(0) + chunk
     key_ptr += row * tiles * TILE_SIZE
-    low_ptr += row * BINS
-    chunk_low_ptr += place * BINS
+    key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
+    place = row * tl.num_programs(0) + chunk
+    low_ptr += row * MANTISSAS
+    chunk_low_ptr += place * MANTISSAS
+    tl.store(chunk_low_ptr + bin_, tl.zeros([MANTISSAS], tl.int32))
+    high, above = _threshold(highs, budget, EXPONENTS)
+    tl.debug_barrier()
+    one = tl.full([BLOCK], 1, tl.int32)
     over = 0
-    equal = 0
-    for i in range(0, blocks):
-        token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        key = _load_key(key_ptr, token, length)
+    for block in range(chunk * blocks, chunk * blocks + blocks):
         is_over = (key > 0) & ((key >> 8) > high)
         is_equal = (key > 0) & ((key >> 8) == high)
         # One sum counts both.
         both = tl.sum(is_over.to(tl.int32) + is_equal.to(tl.int32) * 65536, axis=0)
         over += both & 65535
-        equal += both >> 16
+        low = key & 255
+        # Few keys share the exponent as a rule, and those are counted one by one.
+        if (both >> 16) > BLOCK // 8:
+            bins = tl.histogram(low, MANTISSAS, mask=is_equal)
+            tl.atomic_add(chunk_low_ptr + bin_, bins, mask=bins > 0, sem="relaxed")
+            tl.atomic_add(low_ptr + bin_, bins, mask=bins > 0, sem="relaxed")
+        else:
+            tl.atomic_add(chunk_low_ptr + low, one, mask=is_equal, sem="relaxed")
+            tl.atomic_add(low_ptr + low, one, mask=is_equal, sem="relaxed")
+        if block + 1 < chunk * blocks + blocks:
+            key = _load_key(key_ptr, (block + 1) * BLOCK + tl.arange(0, BLOCK), length)
     tl.store(chunk_over_ptr + place, over)
-    bins = tl.zeros([BINS], tl.int32)
-    # Few keys share the high byte as a rule, and those are counted one by one.
-    is_dense = equal > BLOCK // 8
-    if is_dense:
-        for i in range(0, blocks):
-            token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-            key = _load_key(key_ptr, token, length)
-            bins += tl.histogram(key & 255, BINS, mask=(key > 0) & ((key >> 8) == high))
-        tl.atomic_add(low_ptr + bin_, bins, mask=bins > 0, sem="relaxed")
-    tl.store(chunk_low_ptr + bin_, bins)
-    if not is_dense:
-        tl.debug_barrier()
-        one = tl.full([BLOCK], 1, tl.int32)
-        for i in range(0, blocks):
-            token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-            key = _load_key(key_ptr, token, length)
-            is_counted = (key > 0) & ((key >> 8) == high)
-            tl.atomic_add(chunk_low_ptr + (key & 255), one, mask=is_counted, sem="relaxed")
-            tl.atomic_add(low_ptr + (key & 255), one, mask=is_counted, sem="relaxed")
     if chunk == 0:
         tl.store(plan_ptr + row * 2, high)
         tl.store(plan_ptr + row * 2 + 1, above)
@@ -252,34 +279,35 @@ def compact_kernel(
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    length = tl.load(counters_ptr).to(tl.int32)
-    if chunk * (BLOCK * blocks) >= length:
-        return
-    bin_ = tl.arange(0, BINS)
+    bin_ = tl.arange(0, MANTISSAS)
     each = tl.arange(0, CHUNKS)
     high = tl.load(plan_ptr + row * 2)
     above = tl.load(plan_ptr + row * 2 + 1)
+    row_low = tl.load(low_ptr + row * MANTISSAS + bin_)
+    length = tl.load(counters_ptr).to(tl.int32)
+    if chunk * (BLOCK * blocks) >= length:
+        return
+    key_ptr += row * tiles * TILE_SIZE
+    key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
     # What the chunks before this one take.
     place = row * tl.num_programs(0) + each
     is_before = each < chunk
     lows = tl.load(
-        chunk_low_ptr + place[:, None] * BINS + bin_[None, :], mask=is_before[:, None], other=0
+        chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :], mask=is_before[:, None], other=0
     )
     overs = tl.load(chunk_over_ptr + place, mask=is_before, other=0)
-    low, above_low = _threshold(tl.load(low_ptr + row * BINS + bin_), budget - above)
+    low, above_low = _threshold(row_low, budget - above, MANTISSAS)
     # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
     has_cut = high >= 0
-    cut = tl.where(has_cut, high * BINS + low, 0)
+    cut = tl.where(has_cut, high * MANTISSAS + low, 0)
     num_ties = tl.where(has_cut, budget - above - above_low, 0)
     num_chosen = tl.where(has_cut, budget, above)
     lows = tl.sum(lows, axis=0)
     over = tl.sum(overs, axis=0) + tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
     tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
-    key_ptr += row * tiles * TILE_SIZE
     token_index_ptr += row * width
-    for i in range(0, blocks):
-        token = (chunk * blocks + i) * BLOCK + tl.arange(0, BLOCK)
-        key = _load_key(key_ptr, token, length)
+    for block in range(chunk * blocks, chunk * blocks + blocks):
+        token = block * BLOCK + tl.arange(0, BLOCK)
         is_over = key > cut
         is_tied = (key == cut) & (key > 0)
         # One scan counts both: tokens over the threshold in the low half of a word, at it above.
@@ -294,8 +322,11 @@ def compact_kernel(
         total = tl.sum(marks, axis=0)
         over += total & 65535
         tied += total >> 16
+        if block + 1 < chunk * blocks + blocks:
+            key = _load_key(key_ptr, token + BLOCK, length)
     if chunk == 0:
-        tl.store(high_ptr + row * BINS + bin_, tl.zeros([BINS], tl.int32))
+        exponent = tl.arange(0, EXPONENTS)
+        tl.store(high_ptr + row * EXPONENTS + exponent, tl.zeros([EXPONENTS], tl.int32))
         for start in range(0, width, BLOCK_W):
             unused = start + tl.arange(0, BLOCK_W)
             empty = tl.full([BLOCK_W], -1, tl.int64)

@@ -187,7 +187,7 @@ def test_two_runs_are_equal_to_the_bit(index: KeyIndex) -> None:
         lists = step.select()
         output = attention.gather_attention(query, keys, values, lists, scale=case.scale)
         runs.append(
-            (step.logits(), step.scratch.sum[:, : axes.length // 512].clone(), lists, output)
+            (step.weights()[0], step.scratch.sum[:, : axes.length // 512].clone(), lists, output)
         )
     for run in runs[1:]:
         for found, expected in zip(run, runs[0], strict=True):

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from fierpatch import reference
 from fierpatch.index.packing import TILE_SIZE, num_tiles
-from kernels.scores import exact_logits, exact_priorities, log_sums
+from kernels.scores import by_tile, exact_logits, exact_priorities, half_bits, log_sums
 from kernels.steps import Build, Retrieval, Step, make_step, retrievals
 from oracles import FLOAT32_EPS
 from strategies import heavy_tails, ties
 
-KEY_SHIFT = 14  # bits of a float32 priority that a selection key leaves out
-ALWAYS = 65535  # the key of a sink or a recent
-SMALLEST = 2.0**-126  # priorities below are all alike
+KEY_SHIFT = 15  # bits of a float32 priority that a selection key leaves out
+ALWAYS = (1 << 14) - 1  # the key of a sink or a recent
+SMALLEST = 2.0**-63  # priorities below are all alike
+FLUSHED = 2.0**-126  # weights below may be zero
 
 
 def gentle(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -101,24 +102,26 @@ def chunks_at_most(num_chunks: int) -> Iterator[None]:
 def inject(step: Step, logits: Tensor) -> Tensor:
     """Have the scratch hold ``logits [B, H, T, S, G]`` as if `score` had left them.
 
-    All but the zeros in `high`, which a selection leaves too. Returns the logits with -inf where
-    invisible.
+    All but the zeros in `high`, which a selection leaves too. Returns the logits that it holds,
+    rounded to 16 bits of weight, with -inf where invisible.
     """
     axes, scratch = step.case.shape, step.scratch
-    logits = logits.float().masked_fill(~step.case.seen.unsqueeze(4), -torch.inf)
+    seen = step.case.seen.unsqueeze(4)
     tiles = num_tiles(axes.length)
-    pad = tiles * TILE_SIZE - axes.length
-    padded = torch.nn.functional.pad(logits, (0, 0, 0, pad), value=-torch.inf).flatten(0, 2)
-    scratch.logit[:, : tiles * TILE_SIZE] = padded.to(step.device)
-    by_tile = padded.double().unflatten(1, (tiles, -1))
-    most = by_tile.amax(2)
-    total = torch.exp2(by_tile - most.nan_to_num(neginf=0.0).unsqueeze(2)).sum(2)
-    scratch.most[:, :tiles] = most.float().to(step.device)
-    scratch.sum[:, :tiles] = total.float().to(step.device)
+    padded = by_tile(logits.float().double().masked_fill(~seen, -torch.inf), -torch.inf)
+    most = padded.amax(4, keepdim=True)
+    weights = torch.exp2(padded - most.nan_to_num(neginf=0.0))
+    bits = half_bits(weights).masked_fill(padded == -torch.inf, 0)
+    held = (bits << 15).view(torch.float32).double()
+    flat = bits.to(torch.int16).flatten(3, 4).flatten(0, 2)
+    scratch.weight[:, : tiles * TILE_SIZE] = flat.to(step.device)
+    scratch.most[:, :tiles] = most.squeeze(4).flatten(0, 2).float().to(step.device)
+    scratch.sum[:, :tiles] = held.sum(4).flatten(0, 2).float().to(step.device)
     if step.case.visible is not None:
-        seen = torch.nn.functional.pad(step.case.seen[:, 0], (0, pad))
-        scratch.count[:, :, :tiles] = seen.unflatten(2, (tiles, -1)).sum(3).int().to(step.device)
-    return logits
+        counts = by_tile(seen[..., :1].expand(-1, 1, -1, -1, 1), 0).sum(4)[:, 0, :, :, 0]
+        scratch.count[:, :, :tiles] = counts.int().to(step.device)
+    rounded = most + held.log2()
+    return rounded.flatten(3, 4)[:, :, :, : axes.length].masked_fill(~seen, -torch.inf)
 
 
 def key_bounds(step: Step, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +143,10 @@ def key_bounds(step: Step, logits: Tensor) -> tuple[Tensor, Tensor]:
 
     def key_of(x: Tensor) -> Tensor:
         bits = x.clamp_min(0.0).float().view(torch.int32)
-        return (bits >> KEY_SHIFT).clamp(1, ALWAYS - 1)
+        first = torch.tensor(SMALLEST).view(torch.int32) >> KEY_SHIFT
+        return ((bits >> KEY_SHIFT) - first).clamp(1, ALWAYS - 1)
 
-    tiny = axes.num_groups * SMALLEST
+    tiny = axes.num_groups * FLUSHED
     least, largest = key_of(priority * (1 - error) - tiny), key_of(priority * (1 + error) + 2e-42)
     seen = case.seen.expand_as(priority)
     rank = seen.cumsum(-1)
@@ -220,14 +224,14 @@ def check_interruption(case: Retrieval, device: torch.device) -> None:
 
 
 def counting_paths(step: Step) -> list[set[bool]]:
-    """By row, whether chunks of the last selection held many keys of the threshold's high byte.
+    """By row, whether chunks of the last selection held many keys of the threshold's exponent.
 
     Those are counted all at once, and otherwise one by one.
     """
     axes, scratch = step.shape, step.scratch
     length, size = step.case.shape.length, axes.select_block * axes.blocks_per_chunk
-    high_bytes = (scratch.key[:, :length].int().cpu() & 0xFFFF) >> 8
-    is_shared = high_bytes == scratch.plan[:, :1].cpu()
+    exponents = scratch.key[:, :length].int().cpu() >> 8
+    is_shared = exponents == scratch.plan[:, :1].cpu()
     return [
         {int(chunk.sum()) > axes.select_block // 8 for chunk in row.split(size)}
         for row in is_shared
@@ -261,8 +265,9 @@ def check_agreement(case: Retrieval, device: torch.device) -> None:
     logits, error = exact_logits(step)
     allowed = error.masked_fill(~case.seen.unsqueeze(4), 0.0).amax().item()
     priorities = exact_priorities(step, logits)
-    # A logit and its log-sum are off by `allowed` each, for the one token as for the other.
-    margin = 4 * allowed + math.log2(1 + 2.0**-9)
+    # A logit and its log-sum are off by `allowed` each, for the one token as for the other; so are
+    # both weights by 16 bits, and the key leaves out the rest of the priority.
+    margin = 4 * allowed + 2 * math.log2(1 + 2.0**-9) + math.log2(1 + 2.0**-8)
     for place in np.ndindex(found.shape[:3]):
         ours, theirs = (set(lists[place].tolist()) for lists in (found, expected))
         missed, taken = theirs - ours - {-1}, ours - theirs - {-1}

@@ -100,29 +100,53 @@ def exact_priorities(step: Step, logits: Tensor) -> Tensor:
     return weights.mean(4)
 
 
+def by_tile(tokens: Tensor, value: float) -> Tensor:
+    """``[B, H, T, S, G]`` as ``[B, H, T, tiles, 512, G]``, with `value` in the last tile's rest."""
+    tiles = num_tiles(tokens.shape[3])
+    ends = (0, 0, 0, tiles * TILE_SIZE - tokens.shape[3])
+    return torch.nn.functional.pad(tokens, ends, value=value).unflatten(3, (tiles, -1))
+
+
+def half_bits(weights: Tensor) -> Tensor:
+    """Visible weights in 16 bits, as a kernel leaves them: int32, 1 at least."""
+    return ((weights.float().view(torch.int32) + 0x4000) >> 15).clamp_min(1)
+
+
 def check_scores(case: Retrieval, device: torch.device) -> None:
-    """Logits within what the kernel rounds, and softmax statistics that are those of the logits."""
+    """Weights within what the kernel rounds, beside their tile's largest, and their sums."""
     step = make_step(case, device)
     step.score()
-    axes, found = case.shape, step.logits()
+    axes = case.shape
+    found, is_seen = step.weights()
     expected, allowed = exact_logits(step)
     seen = case.seen.unsqueeze(4).expand_as(found)  # [B, H, T, S, G]
-    assert (found[~seen] == -torch.inf).all()
-    assert ((found - expected).abs() <= allowed)[seen].all()
+    assert torch.equal(is_seen, seen)
+    expected, allowed = expected.masked_fill(~seen, -torch.inf), allowed.masked_fill(~seen, 0.0)
+    expected, allowed = by_tile(expected, -torch.inf), by_tile(allowed, 0.0)
 
-    tiles = num_tiles(axes.length)
-    ends = (0, 0, 0, tiles * TILE_SIZE - axes.length)
-    by_tile = torch.nn.functional.pad(found, ends, value=-torch.inf).unflatten(3, (tiles, -1))
     sizes = (axes.batch_size, axes.num_kv_heads, axes.num_queries, -1, axes.num_groups)
+    tiles = num_tiles(axes.length)
     most, total = (
         x.view(sizes)[:, :, :, :tiles].cpu().double() for x in (step.scratch.most, step.scratch.sum)
     )
-    largest = by_tile.amax(4)
-    assert torch.equal(most, largest)
-    weights = torch.exp2(by_tile - largest.nan_to_num(neginf=0.0).unsqueeze(4)).sum(4)
-    # 512 additions, and up to 17 changes of the reference by an exp2 of 4 roundings.
-    assert ((total - weights).abs() <= (512 + 17 * 5) * FLOAT32_EPS * weights).all()
+    largest = expected.amax(4)
+    has_any = largest > -torch.inf
+    assert torch.equal(most > -torch.inf, has_any)
+    assert ((most - largest).abs() <= allowed.amax(4))[has_any].all()
+    distance = expected - most.nan_to_num(neginf=0.0).unsqueeze(4)
+    # Beside the logit's own error, a subtraction and an exp2 of 4 roundings.
+    error = allowed + 4 * FLOAT32_EPS * distance.abs().nan_to_num(posinf=0.0)
+    least = torch.exp2(distance - error) * (1 - 4 * FLOAT32_EPS)
+    greatest = torch.exp2(distance + error) * (1 + 4 * FLOAT32_EPS)
+    rounding, tiny = 2.0**-9, 2.0**-126  # of 16 bits; less is flushed to zero or to the least
+    weights = by_tile(found, 0.0)
+    assert (weights >= least * (1 - rounding) - tiny).all()
+    assert (weights <= greatest * (1 + rounding) + tiny).all()
+    summed = 512 * FLOAT32_EPS
+    assert (total >= least.sum(4) * (1 - summed) - 512 * tiny).all()
+    assert (total <= greatest.sum(4) * (1 + summed) + 512 * tiny).all()
     if case.visible is not None:
-        visible = torch.nn.functional.pad(case.seen[:, 0], (0, ends[3]))
-        counts = visible.unflatten(2, (tiles, -1)).sum(3)
+        counts = by_tile(case.seen[:, :, :, :, None].expand(-1, 1, -1, -1, 1), 0).sum(4)[
+            :, 0, ..., 0
+        ]
         assert torch.equal(step.scratch.count[:, :, :tiles].cpu(), counts.int())

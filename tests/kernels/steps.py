@@ -141,6 +141,7 @@ class Step:
     case: Retrieval
     shape: Any
     scratch: Any
+    ready: Tensor
     counters: Tensor
     query: Tensor
     keys: Tensor
@@ -166,6 +167,7 @@ class Step:
             self.counters,
             retrieve.Logits(case.scale, case.softcap),
             visible,
+            self.ready,
         )
 
     def select(self) -> Tensor:
@@ -177,17 +179,19 @@ class Step:
             self.shape,
             self.scratch,
             self.counters,
+            self.ready,
             sinks=case.sinks,
             recent=case.recent,
             sink_logits=sink,
             has_mask=case.visible is not None,
         )
 
-    def logits(self) -> Tensor:
-        """What `score` left: float64 ``[B, H, T, S, G]`` on the CPU, in units of log2."""
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """What `score` left of each token: float64 ``[B, H, T, S, G]``, and whether anything."""
         axes = self.case.shape
         sizes = (axes.batch_size, axes.num_kv_heads, axes.num_queries, -1, axes.num_groups)
-        return self.scratch.logit.view(sizes)[:, :, :, : axes.length].cpu().double()
+        bits = self.scratch.weight.view(sizes)[:, :, :, : axes.length].cpu().int()
+        return (bits << 15).view(torch.float32).double(), bits > 0
 
 
 def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True) -> Step:
@@ -217,6 +221,7 @@ def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True)
         case=case,
         shape=shape,
         scratch=sizes.Scratch(shape, device),
+        ready=torch.zeros(shape.score_programs, dtype=torch.int32, device=device),
         counters=counters,
         query=gaussian(axes.query, generator).to(case.dtype),
         keys=keys,

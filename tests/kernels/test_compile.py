@@ -35,7 +35,6 @@ ALLOWED_STACK = {
 }
 HOT = {  # what a step of an index launches, at the least
     "append_kernel",
-    "rotate_query_kernel",
     "rotated_scores_kernel",
     "fier_scores_kernel",
     "key_kernel",
