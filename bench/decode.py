@@ -125,12 +125,7 @@ def measure(
     try:
         layer = filled_layer(case, settings, keys, values)
         saved = layer.counters.clone()
-
-        def back() -> None:
-            layer.counters.copy_(saved)  # an append moves it on
-            for buffer in layer.operators.buffers:
-                buffer.zero_()  # scores without a selection leave it counting
-
+        back = lambda: layer.counters.copy_(saved)  # noqa: E731  # appends move it on
         rows += clock(whole(layer, query), back)
         for row in clock(stages(layer, query), back):
             rows.append(row | {"what": f"  {row['what']}"})
@@ -236,20 +231,18 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
     index, per_query_head = layer.operators.index, config.per_query_head
     shape = Shape.of(index, query, state[0], budget=config.budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
-    arrivals, ready = layer.operators.buffers
+    arrivals = torch.zeros(shape.rows, dtype=torch.int32, device=query.device)
 
     def score() -> None:
-        retrieve.score(shape, scratch, query, state, counters, logits, None, ready)
+        retrieve.score(shape, scratch, query, state, counters, logits)
 
     def select() -> Tensor:
-        return retrieve.select(
-            shape, scratch, counters, ready, sinks=config.sinks, recent=config.recent
-        )
+        return retrieve.select(shape, scratch, counters, sinks=config.sinks, recent=config.recent)
 
     score()
     chosen = select()
     return {
-        "scores": score,
+        "query and scores": score,
         "select": select,
         "attend to rows": lambda: attention.gather_attention(
             query,

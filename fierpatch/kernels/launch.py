@@ -7,6 +7,7 @@ than the kernels take. Here a kernel is specialised on dtypes and constants alon
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,12 +30,22 @@ class Specialization:
             is specialised.
         constants: by name, in the kernel's order.
         num_warps, num_stages: as Triton means them.
+        is_early: whether it starts when all programs of the kernel before it have, and waits
+            for that one itself (CUDA's programmatic dependent launch).
     """
 
-    __slots__ = ("_compiled", "_constants", "_kernel", "_values", "num_stages", "num_warps")
+    __slots__ = (
+        "_compiled", "_constants", "_kernel", "_values", "is_early", "num_stages", "num_warps"
+    )  # fmt: skip
 
     def __init__(
-        self, kernel: Any, constants: dict[str, Any], *, num_warps: int, num_stages: int = 2
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        *,
+        num_warps: int,
+        num_stages: int = 2,
+        is_early: bool = False,
     ) -> None:
         self._kernel = kernel
         self._constants = constants
@@ -42,6 +53,7 @@ class Specialization:
         self._compiled: dict[int, Any] = {}
         self.num_warps = num_warps
         self.num_stages = num_stages
+        self.is_early = is_early
 
     def launch(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launch on the current stream of the first argument's device.
@@ -66,9 +78,17 @@ class Specialization:
         compiled = self._compiled.get(index)
         if compiled is None:
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            if self.is_early:
+                options["launch_pdl"] = True
             self._compiled[index] = self._kernel[grid](*arguments, **self._constants, **options)
             return
         compiled[grid](*arguments, *self._values)
+
+
+@cache
+def can_launch_early(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch: from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 # The largest magnitude a channel takes: the high byte then stays within 127.
 LEVELS = tl.constexpr(32512.0)
@@ -32,7 +33,7 @@ def _dot(left, right, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def rotate_query(
+def _rotate(
     query,
     balance_ptr,
     rotation_ptr,
@@ -91,7 +92,7 @@ def rotate_query(
 
 
 @triton.jit
-def multiply_centres(
+def _multiply_centres(
     query,
     centre_ptr,
     mean_ptr,
@@ -121,3 +122,73 @@ def multiply_centres(
     mean *= (peak * logit_scale)[:, None]
     written = (head < HEADS)[:, None] & (group < num_groups)[None, :]
     tl.store(mean_ptr + group[None, :] * stride + head[:, None], mean, mask=written)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_h", "stride_t", "num_kv_heads", "num_queries", "tiles"
+    ]
+)  # fmt: skip
+def query_kernel(
+    query_ptr,
+    balance_ptr,
+    rotation_ptr,
+    centre_ptr,
+    counters_ptr,
+    operand_ptr,
+    total_ptr,
+    unit_ptr,
+    mean_ptr,
+    stride_b: tl.int64,
+    stride_h: tl.int64,
+    stride_t: tl.int64,
+    num_kv_heads,
+    num_queries,
+    tiles,
+    logit_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    G: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    OUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    IS_EARLY: tl.constexpr,
+):
+    """Two tasks by program: rotate some channels, or ``q . mu`` of some groups.
+
+    Writes what `_rotate` and `_multiply_centres` say; mean is float32 ``[r, groups, n, HEADS]``.
+    """
+    if IS_EARLY:
+        gdc_launch_dependents()
+    task = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(2)
+    t = row % num_queries
+    kv_row = row // num_queries
+    h = kv_row % num_kv_heads
+    b = kv_row // num_kv_heads
+    query_ptr += b * stride_b + (h * G + block * HEADS) * stride_h + t * stride_t
+    num_heads = tl.minimum(G - block * HEADS, HEADS)
+    query = load_query(query_ptr, tl.arange(0, 16), tl.arange(0, BLOCK_D), num_heads, stride_h, D)
+    channel_blocks: tl.constexpr = (D + OUT - 1) // OUT
+    if task < channel_blocks:
+        _rotate(
+            query, balance_ptr + kv_row * D, rotation_ptr, operand_ptr, total_ptr, unit_ptr,
+            (row * BLOCKS + block) * HEADS, task, logit_scale, D, BLOCK_D, HEADS, OUT, NORM,
+        )  # fmt: skip
+    else:
+        length = tl.load(counters_ptr).to(tl.int32)
+        first_group = (task - channel_blocks) * GROUPS
+        num_groups = tl.cdiv(length, GROUP)
+        if first_group < num_groups:
+            all_groups = tiles * (512 // GROUP)
+            _multiply_centres(
+                query, centre_ptr + kv_row * all_groups * D,
+                mean_ptr + row * all_groups * (BLOCKS * HEADS) + block * HEADS,
+                first_group, num_groups, BLOCKS * HEADS, logit_scale,
+                D, BLOCK_D, HEADS, GROUPS, SPLIT,
+            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Choosing the tokens of a step: one launch of scores, and three of selection."""
+"""Choosing the tokens of a step: query transform, scores and selection, three launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from fierpatch.index import RotatedIndex
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import LOG2_E
-from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
+from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows, can_launch_early
+from fierpatch.kernels.query import query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
 from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, MAX_HEADS, Scratch, Shape
 from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
@@ -45,8 +46,7 @@ def score(
     state: list[Tensor],
     counters: Tensor,
     logits: Logits,
-    visible: Tensor | None,
-    ready: Tensor,
+    visible: Tensor | None = None,
 ) -> None:
     """Fill ``scratch.weight`` and the softmax statistics of its tiles.
 
@@ -55,27 +55,30 @@ def score(
         state: the index's tensors.
         counters: int64 ``[4]``; the first is the number of tokens stored.
         visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
-        ready: int32 zeros, `Shape.score_programs` at least, which `select` puts back.
     """
     query = as_rows(query)
     visible, strides = as_mask(visible)
+    grid = (shape.tiles, shape.score_rows, shape.head_blocks)
     outputs = (scratch.weight, scratch.most, scratch.sum, scratch.count, scratch.high)
     sizes = (shape.num_kv_heads, shape.num_queries, shape.tiles)
     has_mask, has_cap = visible is not None, logits.softcap > 0
     if isinstance(shape.index, RotatedIndex):
         planes, scale, centre, balance, rotation = state
-        rotated_scores_specialization(shape, query.dtype, has_mask, has_cap).launch(
-            (shape.query_tasks + shape.tiles, shape.score_rows, shape.head_blocks),
-            query, balance, rotation, centre, scratch.operand, scratch.operand_bytes,
-            scratch.total, scratch.unit, scratch.mean, ready,
+        is_early = can_launch_early(query.device)
+        prepared = (scratch.total, scratch.unit, scratch.mean)
+        query_specialization(shape, query.dtype, is_early).launch(
+            (shape.query_tasks, *grid[1:]),
+            query, balance, rotation, centre, counters, scratch.operand, *prepared,
+            *query.stride()[:3], *sizes, logits.factor,
+        )  # fmt: skip
+        rotated_scores_specialization(shape, has_mask, has_cap, is_early).launch(
+            grid, scratch.operand_bytes, *prepared,
             planes.view(torch.int8), scale, counters, visible, *outputs,
-            *query.stride()[:3], *strides, *sizes, shape.query_tasks,
-            logits.factor, logits.softcap,
+            *strides, *sizes, logits.softcap,
         )  # fmt: skip
     else:
         fier_scores_specialization(shape, query.dtype, has_mask, has_cap).launch(
-            (shape.tiles, shape.score_rows, shape.head_blocks),
-            query, *state, counters, visible, *outputs,
+            grid, query, *state, counters, visible, *outputs,
             *query.stride()[:3], *strides, *sizes, logits.factor, logits.softcap,
         )  # fmt: skip
 
@@ -84,7 +87,6 @@ def select(
     shape: Shape,
     scratch: Scratch,
     counters: Tensor,
-    ready: Tensor,
     *,
     sinks: int,
     recent: int,
@@ -102,8 +104,7 @@ def select(
     sink_dtype = None if sink_logits is None else sink_logits.dtype
     make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype)
     make_keys.launch(
-        grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, ready,
-        counters,
+        grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
         scratch.key, scratch.high, scratch.low,
         shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
     )  # fmt: skip
@@ -117,8 +118,28 @@ def select(
 
 
 @cache
+def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Specialization:
+    """Of `query_kernel`."""
+    head_dim = shape.index.head_dim
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "G": shape.num_groups,
+        "HEADS": shape.heads,
+        "BLOCKS": shape.head_blocks,
+        "GROUP": shape.index.group_size,
+        "OUT": CHANNELS_AT_ONCE,
+        "GROUPS": GROUPS_AT_ONCE,
+        "NORM": rotation_norm(head_dim),
+        "SPLIT": dtype == torch.float32,
+        "IS_EARLY": is_early,
+    }
+    return Specialization(query_kernel, constants, num_warps=4)
+
+
+@cache
 def rotated_scores_specialization(
-    shape: Shape, dtype: torch.dtype, has_mask: bool, has_cap: bool
+    shape: Shape, has_mask: bool, has_cap: bool, is_early: bool
 ) -> Specialization:
     """Of `rotated_scores_kernel`."""
     assert isinstance(shape.index, RotatedIndex)
@@ -132,17 +153,16 @@ def rotated_scores_specialization(
         "BLOCKS": shape.head_blocks,
         "BITS": shape.index.bits,
         "GROUP": shape.index.group_size,
-        "OUT": CHANNELS_AT_ONCE,
         "CHANNEL_BLOCKS": channel_blocks,
         "BLOCK_C": triton.next_power_of_2(channel_blocks),
-        "GROUPS": GROUPS_AT_ONCE,
-        "NORM": rotation_norm(head_dim),
-        "SPLIT": dtype == torch.float32,
         "LISTS": shape.num_lists // shape.num_kv_heads,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
+        "IS_EARLY": is_early,
     }
-    return Specialization(rotated_scores_kernel, constants, num_warps=2, num_stages=1)
+    return Specialization(
+        rotated_scores_kernel, constants, num_warps=2, num_stages=1, is_early=is_early
+    )
 
 
 @cache
@@ -182,11 +202,10 @@ def select_specializations(
         "BLOCK_H": triton.next_power_of_2(heads),
         **block,
         "BLOCK_TILES": 256,
-        "SCORE_BLOCKS": shape.head_blocks,
         "HAS_MASK": has_mask,
         "HAS_SINK": sink_dtype is not None,
     }
-    chunks = {"CHUNKS": max(triton.next_power_of_2(shape.chunks), 8), "BLOCK_W": 1024}
+    chunks = {"CHUNKS": min(max(triton.next_power_of_2(shape.chunks), 8), 32), "BLOCK_W": 1024}
     num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
     return (
         Specialization(key_kernel, keys, num_warps=num_warps),

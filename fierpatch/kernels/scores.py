@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from fierpatch.kernels.constants import EXPONENTS, LOG2_E, ROWS, TILE_SIZE
-from fierpatch.kernels.query import load_query, multiply_centres, rotate_query
+from fierpatch.kernels.query import load_query
 
 
 @triton.jit
@@ -141,35 +142,16 @@ def _write_tile(
     tl.store(sum_ptr + place, tl.sum(weight, axis=0), mask=head < G)
 
 
-@triton.jit
-def _await_tasks(ready_ptr, tasks):
-    """Wait until the row's tasks have run.
-
-    Programs start in the order of their numbers, so the tasks are done or running. What they wrote
-    is to be loaded past the first-level cache, where a neighbour's load may have left older bytes.
-    """
-    while tl.load(ready_ptr, volatile=True) < tasks:
-        pass
-    tl.debug_barrier()  # no load may be moved ahead of the wait
-
-
 @triton.jit(
     do_not_specialize=[
-        "stride_b", "stride_h", "stride_t", "visible_stride_b", "visible_stride_t",
-        "num_kv_heads", "num_queries", "tiles", "tasks",
+        "visible_stride_b", "visible_stride_t", "num_kv_heads", "num_queries", "tiles"
     ]
 )  # fmt: skip
 def rotated_scores_kernel(
-    query_ptr,
-    balance_ptr,
-    rotation_ptr,
-    centre_ptr,
     operand_ptr,
-    operand_bytes_ptr,
     total_ptr,
     unit_ptr,
     mean_ptr,
-    ready_ptr,
     planes_ptr,
     scale_ptr,
     counters_ptr,
@@ -179,16 +161,11 @@ def rotated_scores_kernel(
     sum_ptr,
     count_ptr,
     high_ptr,
-    stride_b: tl.int64,
-    stride_h: tl.int64,
-    stride_t: tl.int64,
     visible_stride_b: tl.int64,
     visible_stride_t: tl.int64,
     num_kv_heads,
     num_queries,
     tiles,
-    tasks,
-    logit_scale,
     softcap,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,21 +174,14 @@ def rotated_scores_kernel(
     BLOCKS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    OUT: tl.constexpr,
     CHANNEL_BLOCKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    NORM: tl.constexpr,
-    SPLIT: tl.constexpr,
     LISTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
-    """The estimate ``a (R (q / d)) . b + q . mu`` of every token, a tile a program.
-
-    The first programs of a row prepare its query, see `fierpatch.kernels.query`; those of its tiles
-    wait for them when they have asked for their planes. ready int32 ``[row, block]`` counts the
-    former; it is 0 before, and the selection puts it back.
+    """The estimate ``a (R (q / d)) . b + q . mu`` of every token of one tile.
 
     Words of two bytes are read as bytes, so bit p of the first and second byte are the planes p
     and p + 8. An AND leaves one plane of each as signed bytes, which the integer units multiply by
@@ -221,55 +191,27 @@ def rotated_scores_kernel(
     (logit - most)``), weight int16 ``[r, token, G]`` (each token's part of that sum, see
     `weight_of`) and with a mask count int32 ``[b, t, tile]``. Clears high, in which the selection
     counts.
+
+    An early launch starts beside `query_kernel`, asks for its planes, and then waits for the query.
     """
+    tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     t = row % num_queries
     kv_row = row // num_queries
     length = tl.load(counters_ptr).to(tl.int32)
-    ready_ptr += row * BLOCKS + block
-    slot = (row * BLOCKS + block) * HEADS
-    heads_in_all: tl.constexpr = BLOCKS * HEADS
-    groups_per_tile: tl.constexpr = TILE_SIZE // GROUP
-    mean_ptr += row * tiles * (groups_per_tile * heads_in_all) + block * HEADS
-    if tl.program_id(0) < tasks:
-        if length == 0:
-            return
-        task = tl.program_id(0)
-        b = kv_row // num_kv_heads
-        first_head = (kv_row % num_kv_heads) * G + block * HEADS
-        query_ptr += b * stride_b + first_head * stride_h + t * stride_t
-        num_heads = tl.minimum(G - block * HEADS, HEADS)
-        query = load_query(
-            query_ptr, tl.arange(0, 16), tl.arange(0, BLOCK_D), num_heads, stride_h, D
-        )
-        if task < CHANNEL_BLOCKS:
-            rotate_query(
-                query, balance_ptr + kv_row * D, rotation_ptr, operand_ptr, total_ptr, unit_ptr,
-                slot, task, logit_scale, D, BLOCK_D, HEADS, OUT, NORM,
-            )  # fmt: skip
-        else:
-            first_group = (task - CHANNEL_BLOCKS) * GROUPS
-            num_groups = tl.cdiv(length, GROUP)
-            if first_group < num_groups:
-                multiply_centres(
-                    query, centre_ptr + kv_row * tiles * (groups_per_tile * D), mean_ptr,
-                    first_group, num_groups, heads_in_all, logit_scale,
-                    D, BLOCK_D, HEADS, GROUPS, SPLIT,
-                )  # fmt: skip
-        tl.debug_barrier()
-        tl.atomic_add(ready_ptr, 1, sem="acq_rel")
-        return
-    tile = tl.program_id(0) - tasks
     if tile * TILE_SIZE >= length:
         return
     if not HAS_MASK:
         length -= (num_queries - 1 - t).to(tl.int32)
     columns: tl.constexpr = 4 * HEADS
+    heads_in_all: tl.constexpr = BLOCKS * HEADS
+    groups_per_tile: tl.constexpr = TILE_SIZE // GROUP
     r = tl.arange(0, ROWS)
     byte = tl.arange(0, 2 * BLOCK_D)
     column = tl.arange(0, columns)
     head = tl.arange(0, HEADS)
+    slot = (row * BLOCKS + block) * HEADS
     inside = byte < 2 * D
     tile_row = kv_row * tiles + tile
     words_ptr = planes_ptr + tile_row * (BITS * ROWS * 2 * D) + r[:, None] * (2 * D) + byte[None, :]
@@ -278,27 +220,24 @@ def rotated_scores_kernel(
     if BITS == 2:
         low_words = tl.load(words_ptr + ROWS * 2 * D, mask=inside[None, :], other=0)
     token = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
-    if HAS_MASK:
-        visible_ptr += (kv_row // num_kv_heads) * visible_stride_b + t * visible_stride_t
     scale = tl.load(scale_ptr + kv_row * tiles * TILE_SIZE + token)
     if (tile == 0) and (block == 0):
         _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
-    _await_tasks(ready_ptr, tasks)
+    if IS_EARLY:
+        gdc_wait()
     operand = tl.load(
-        operand_bytes_ptr + slot * 8 * D + column[None, :] * (2 * D) + byte[:, None],
+        operand_ptr + slot * 8 * D + column[None, :] * (2 * D) + byte[:, None],
         mask=inside[:, None],
         other=0,
-        cache_modifier=".cg",
     )
     part = tl.arange(0, BLOCK_C)
     totals = tl.load(
         total_ptr + (slot + head)[:, None] * CHANNEL_BLOCKS + part[None, :],
         mask=(part < CHANNEL_BLOCKS)[None, :],
         other=0,
-        cache_modifier=".cg",
     )
     total = tl.sum(totals, axis=1).to(tl.float32) * (3 if BITS == 2 else 1)
-    unit = tl.load(unit_ptr + slot + head, cache_modifier=".cg")
+    unit = tl.load(unit_ptr + slot + head)
     group = tile * groups_per_tile + tl.arange(0, groups_per_tile)
     mean = tl.load(mean_ptr + group[:, None] * heads_in_all + head[None, :], cache_modifier=".cg")
     sums = tl.join(
@@ -324,6 +263,8 @@ def rotated_scores_kernel(
         ),
     )  # row, half, head, and the bits of the plane from the lowest on
     sums = tl.reshape(tl.permute(sums, (1, 5, 4, 3, 0, 2)), [TILE_SIZE, HEADS])
+    if HAS_MASK:
+        visible_ptr += (kv_row // num_kv_heads) * visible_stride_b + t * visible_stride_t
     visible = _load_visible(visible_ptr, token, length, HAS_MASK)
     logit = (sums - total[None, :]) * unit[None, :] * scale.to(tl.float32)[:, None]
     logit = tl.reshape(logit, [groups_per_tile, GROUP, HEADS]) + mean[:, None, :]

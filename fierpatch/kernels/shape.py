@@ -16,9 +16,9 @@ from fierpatch.kernels.constants import EXPONENTS, MANTISSAS
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
 GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
 MAX_HEADS = 8  # query heads a program scores
-_MIN_BLOCK, _MAX_BLOCK = 2048, 4096  # tokens a program of the selection reads at once
+_BLOCK = 2048  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
-_MAX_PROGRAMS = 256  # of the selection: more would only wait for each other
+_MAX_PROGRAMS = 528  # of the selection, four for each of 132 multiprocessors
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ class Shape:
         return self.batch_size * self.num_kv_heads * self.num_queries
 
     @cached_property
-    def score_programs(self) -> int:
-        """Programs that share a tile's tokens: one for each block of query heads and query."""
-        return self.score_rows * self.head_blocks
-
-    @cached_property
     def query_tasks(self) -> int:
         """Programs that prepare one row's query for the rotated index."""
         groups = self.tiles * TILE_SIZE // self.index.group_size
@@ -112,8 +107,7 @@ class Shape:
     @cached_property
     def select_block(self) -> int:
         """Tokens a program of the selection reads at once."""
-        share = self.tiles * TILE_SIZE * self.rows * 2 // _MAX_PROGRAMS
-        return self.block or (_MIN_BLOCK if share <= _MIN_BLOCK else _MAX_BLOCK)
+        return self.block or _BLOCK
 
     @cached_property
     def blocks_per_chunk(self) -> int:
@@ -145,7 +139,7 @@ class Scratch:
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        head_dim, slots = shape.index.head_dim, shape.score_programs * shape.heads
+        head_dim, slots = shape.index.head_dim, shape.score_rows * shape.head_blocks * shape.heads
         tokens = shape.tiles * TILE_SIZE
         groups = tokens // shape.index.group_size
 

@@ -92,7 +92,6 @@ def key_kernel(
     sum_ptr,
     sink_ptr,
     count_ptr,
-    ready_ptr,
     counters_ptr,
     key_ptr,
     high_ptr,
@@ -108,7 +107,6 @@ def key_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
-    SCORE_BLOCKS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SINK: tl.constexpr,
 ):
@@ -116,7 +114,7 @@ def key_kernel(
 
     A row is ``(b, list, t)``; a list is of HEADS of the G query heads of a KV head, all or one.
     Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared, and
-    clears low, the same of mantissas, and ready, by which the scores wait for the query.
+    clears low, the same of mantissas.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -189,8 +187,6 @@ def key_kernel(
     if chunk == 0:
         low_bin = tl.arange(0, MANTISSAS)
         tl.store(low_ptr + row * MANTISSAS + low_bin, tl.zeros([MANTISSAS], tl.int32))
-        for part in tl.static_range(SCORE_BLOCKS):
-            tl.store(ready_ptr + score_row * SCORE_BLOCKS + part, 0)
 
 
 @triton.jit(do_not_specialize=["budget", "tiles", "blocks"])
@@ -210,8 +206,8 @@ def low_kernel(
     """The keys of one chunk that are above the threshold's exponent, or have it.
 
     Writes chunk_over int32 ``[row, chunk]``, how many are above; chunk_low int32 ``[row, chunk,
-    MANTISSAS]``, the mantissas of those that have it, and adds these to low; plan int32 ``[row, 2]``,
-    the exponent and how many keys of the row are above it.
+    MANTISSAS]``, the mantissas of those that have it, and adds these to low; plan int32
+    ``[row, 2]``, the exponent and how many keys of the row are above it.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -280,7 +276,6 @@ def compact_kernel(
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
-    each = tl.arange(0, CHUNKS)
     high = tl.load(plan_ptr + row * 2)
     above = tl.load(plan_ptr + row * 2 + 1)
     row_low = tl.load(low_ptr + row * MANTISSAS + bin_)
@@ -289,22 +284,28 @@ def compact_kernel(
         return
     key_ptr += row * tiles * TILE_SIZE
     key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
-    # What the chunks before this one take.
-    place = row * tl.num_programs(0) + each
-    is_before = each < chunk
-    lows = tl.load(
-        chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :], mask=is_before[:, None], other=0
-    )
-    overs = tl.load(chunk_over_ptr + place, mask=is_before, other=0)
     low, above_low = _threshold(row_low, budget - above, MANTISSAS)
     # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
     has_cut = high >= 0
     cut = tl.where(has_cut, high * MANTISSAS + low, 0)
     num_ties = tl.where(has_cut, budget - above - above_low, 0)
     num_chosen = tl.where(has_cut, budget, above)
-    lows = tl.sum(lows, axis=0)
-    over = tl.sum(overs, axis=0) + tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
-    tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
+    # What the chunks before this one take.
+    over = 0
+    tied = 0
+    for start in range(0, chunk, CHUNKS):
+        earlier = start + tl.arange(0, CHUNKS)
+        place = row * tl.num_programs(0) + earlier
+        is_before = earlier < chunk
+        lows = tl.load(
+            chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :],
+            mask=is_before[:, None],
+            other=0,
+        )
+        lows = tl.sum(lows, axis=0)
+        over += tl.sum(tl.load(chunk_over_ptr + place, mask=is_before, other=0), axis=0)
+        over += tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
+        tied += tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
     token_index_ptr += row * width
     for block in range(chunk * blocks, chunk * blocks + blocks):
         token = block * BLOCK + tl.arange(0, BLOCK)

@@ -5,8 +5,6 @@ Eager models call the kernels as they are, see `fierpatch.ops.kernel_operators`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_retrieve(Tensor query, Tensor[] state, Tensor counters, Tensor(a!) ready, "
+    "triton_retrieve(Tensor query, Tensor[] state, Tensor counters, "
     f"Tensor? visible, Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, "
     "bool per_query_head, float scale, float softcap) -> Tensor",
     tags=_TAGS,
@@ -66,7 +64,6 @@ def _retrieve(
     query: Tensor,
     state: list[Tensor],
     counters: Tensor,
-    ready: Tensor,
     visible: Tensor | None,
     sink_logits: Tensor | None,
     index: str,
@@ -85,17 +82,11 @@ def _retrieve(
     shape = Shape.of(key_index, query, state[0], budget=budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
     logits = retrieve.Logits(scale, softcap)
-    retrieve.score(shape, scratch, query, state, counters, logits, visible, ready)
+    retrieve.score(shape, scratch, query, state, counters, logits, visible)
     return retrieve.select(
-        shape, scratch, counters, ready, sinks=sinks, recent=recent,
+        shape, scratch, counters, sinks=sinks, recent=recent,
         sink_logits=sink_logits, has_mask=visible is not None,
     )  # fmt: skip
-
-
-def _retrieve_fake(
-    query: Tensor, state: list[Tensor], counters: Tensor, ready: Tensor, *rest: Any
-) -> Tensor:
-    return retrieve_fake(query, state, counters, *rest)
 
 
 def _attend(
@@ -170,5 +161,5 @@ _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", _attend_all_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_retrieve", _retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", _attend_fake, lib=_LIBRARY)

@@ -14,11 +14,11 @@ from fierpatch.index import KeyIndex
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
-from fierpatch.kernels.shape import MAX_HEADS, Scratch, Shape
+from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibrate_prompt
 from fierpatch.ops.operators import index_arguments, layer_index
 
-_MOST_GROUPS = 128  # query heads a KV head
+_MOST_GROUPS = 128  # query heads a KV head, for lists of their own
 
 
 @dataclass
@@ -79,27 +79,20 @@ class KernelOperators:
         self.index: KeyIndex = layer_index(config, key.shape[3])
         self.workspace = workspace
         self._shape: Shape | None = None
-        # Zeros, by which the programs of a list find out which of them is last, and those of a
-        # tile whether the query is prepared.
+        # Zeros, by which the programs of a list find out which of them is last.
         self.arrivals = torch.zeros(0, dtype=torch.int32, device=key.device)
-        self.ready = self.arrivals
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """See `Operators`."""
-        return (self.arrivals, self.ready)
+        return (self.arrivals,)
 
     def settle(self, keys: Tensor) -> None:
         """See `Operators`."""
         lists = keys.shape[0] * keys.shape[1] * (_MOST_GROUPS if self.config.per_query_head else 1)
-        num_lists = lists * self.config.max_query_length
-        rows = keys.shape[0] * keys.shape[1] * self.config.max_query_length
-        num_programs = rows * (_MOST_GROUPS // MAX_HEADS)
-        with torch.inference_mode(False):
-            if self.arrivals.numel() < num_lists:
-                self.arrivals = self.arrivals.new_zeros(num_lists)
-            if self.ready.numel() < num_programs:
-                self.ready = self.ready.new_zeros(num_programs)
+        if self.arrivals.numel() < lists * self.config.max_query_length:
+            with torch.inference_mode(False):
+                self.arrivals = self.arrivals.new_zeros(lists * self.config.max_query_length)
 
     def append(
         self,
@@ -163,7 +156,7 @@ class KernelOperators:
         config = self.config
         if torch.compiler.is_compiling():
             token_indices = torch.ops.fierpatch.triton_retrieve.default(
-                query, state, counters, self.ready, visible, sink_logits,
+                query, state, counters, visible, sink_logits,
                 *index_arguments(self.config), config.budget, config.sinks, config.recent,
                 config.per_query_head, scale, softcap,
             )  # fmt: skip
@@ -175,9 +168,9 @@ class KernelOperators:
         shape = self._shape_of(query, state[0])
         scratch = self.workspace.scratch_of(shape, query.device)
         logits = retrieve.Logits(scale, softcap)
-        retrieve.score(shape, scratch, query, state, counters, logits, visible, self.ready)
+        retrieve.score(shape, scratch, query, state, counters, logits, visible)
         token_indices = retrieve.select(
-            shape, scratch, counters, self.ready, sinks=config.sinks, recent=config.recent,
+            shape, scratch, counters, sinks=config.sinks, recent=config.recent,
             sink_logits=sink_logits, has_mask=visible is not None,
         )  # fmt: skip
         splits = attention.num_splits(shape.rows, shape.width)

@@ -112,10 +112,9 @@ def decode(
     if has_mask:
         visible = zeros(batch_size, 1, num_queries, length, dtype=torch.bool)
     logits = retrieve.Logits(scale, softcap)
-    ready = torch.zeros(shape.score_programs, dtype=torch.int32)
-    retrieve.score(shape, scratch, query, state, counters, logits, visible, ready)
+    retrieve.score(shape, scratch, query, state, counters, logits, visible)
     token_indices = retrieve.select(
-        shape, scratch, counters, ready, sinks=length % 5, recent=length % 17,
+        shape, scratch, counters, sinks=length % 5, recent=length % 17,
         sink_logits=sink_logits, has_mask=has_mask,
     )  # fmt: skip
     attention.gather_attention(
@@ -130,7 +129,7 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
     bf16 = torch.bfloat16
     attend, score_rotated = "gather_attention_kernel", "rotated_scores_kernel"
     score_fier = "fier_scores_kernel"
-    hot = ("append_kernel", score_rotated, score_fier, attend)
+    hot = ("append_kernel", "query_kernel", score_rotated, score_fier, attend)
     masked = {"has_mask": True}
     capped = {"softcap": 30.0, "sink_dtype": torch.float32}
     steps: list[tuple[KeyIndex, torch.dtype, dict[str, Any], tuple[str, ...]]] = []

@@ -141,7 +141,6 @@ class Step:
     case: Retrieval
     shape: Any
     scratch: Any
-    ready: Tensor
     counters: Tensor
     query: Tensor
     keys: Tensor
@@ -167,7 +166,6 @@ class Step:
             self.counters,
             retrieve.Logits(case.scale, case.softcap),
             visible,
-            self.ready,
         )
 
     def select(self) -> Tensor:
@@ -179,7 +177,6 @@ class Step:
             self.shape,
             self.scratch,
             self.counters,
-            self.ready,
             sinks=case.sinks,
             recent=case.recent,
             sink_logits=sink,
@@ -221,7 +218,6 @@ def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True)
         case=case,
         shape=shape,
         scratch=sizes.Scratch(shape, device),
-        ready=torch.zeros(shape.score_programs, dtype=torch.int32, device=device),
         counters=counters,
         query=gaussian(axes.query, generator).to(case.dtype),
         keys=keys,

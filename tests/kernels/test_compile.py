@@ -35,6 +35,7 @@ ALLOWED_STACK = {
 }
 HOT = {  # what a step of an index launches, at the least
     "append_kernel",
+    "query_kernel",
     "rotated_scores_kernel",
     "fier_scores_kernel",
     "key_kernel",
