@@ -179,7 +179,7 @@ def gather_attention_kernel(
 def num_splits(num_rows: int, width: int) -> int:
     """Programs that share one row's list: enough to fill a GPU, each with 64 tokens or more."""
     splits = 1
-    while splits < _MAX_SPLITS and num_rows * splits < 256 and 2 * splits * 64 <= width:
+    while splits < _MAX_SPLITS and num_rows * splits < 512 and 2 * splits * 64 <= width:
         splits *= 2
     return splits
 
@@ -348,4 +348,6 @@ def attend_specialization(
         "HAS_SINK": sink_dtype is not None,
         "HAS_COUNTERS": has_counters,
     }
-    return Specialization(gather_attention_kernel, constants, num_warps=4, num_stages=3)
+    # A list is a block or two a program; all tokens are many, and worth fetching ahead.
+    num_stages = 1 if has_list else 3
+    return Specialization(gather_attention_kernel, constants, num_warps=4, num_stages=num_stages)

@@ -7,7 +7,6 @@ than the kernels take. Here a kernel is specialised on dtypes and constants alon
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,8 +29,7 @@ class Specialization:
             is specialised.
         constants: by name, in the kernel's order.
         num_warps, num_stages: as Triton means them.
-        is_early: whether it starts when all programs of the kernel before it have, and waits
-            for that one itself (CUDA's programmatic dependent launch).
+        is_early: whether it may start beside the kernel before, see `fierpatch.kernels.early`.
     """
 
     __slots__ = (
@@ -83,12 +81,6 @@ class Specialization:
             self._compiled[index] = self._kernel[grid](*arguments, **self._constants, **options)
             return
         compiled[grid](*arguments, *self._values)
-
-
-@cache
-def can_launch_early(device: torch.device) -> bool:
-    """Whether the device has programmatic dependent launch: from compute capability 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from fierpatch.index import RotatedIndex
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import LOG2_E
-from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows, can_launch_early
+from fierpatch.kernels.early import can_start_early
+from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.query import query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
 from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, MAX_HEADS, Scratch, Shape
@@ -64,7 +65,7 @@ def score(
     has_mask, has_cap = visible is not None, logits.softcap > 0
     if isinstance(shape.index, RotatedIndex):
         planes, scale, centre, balance, rotation = state
-        is_early = can_launch_early(query.device)
+        is_early = can_start_early(query.device)
         prepared = (scratch.total, scratch.unit, scratch.mean)
         query_specialization(shape, query.dtype, is_early).launch(
             (shape.query_tasks, *grid[1:]),
@@ -72,8 +73,8 @@ def score(
             *query.stride()[:3], *sizes, logits.factor,
         )  # fmt: skip
         rotated_scores_specialization(shape, has_mask, has_cap, is_early).launch(
-            grid, scratch.operand_bytes, *prepared,
-            planes.view(torch.int8), scale, counters, visible, *outputs,
+            grid, scratch.operand, *prepared,
+            planes, scale, counters, visible, *outputs,
             *strides, *sizes, logits.softcap,
         )  # fmt: skip
     else:
@@ -105,10 +106,10 @@ def select(
     make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype)
     make_keys.launch(
         grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
-        scratch.key, scratch.high, scratch.low,
+        scratch.key, scratch.high,
         shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
     )  # fmt: skip
-    parts = (scratch.high, scratch.low, scratch.chunk_low, scratch.chunk_over, scratch.plan)
+    parts = (scratch.high, scratch.chunk_low, scratch.chunk_over, scratch.plan)
     sizes = (shape.tiles, shape.blocks_per_chunk)
     count_low.launch(grid, scratch.key, *parts, counters, shape.budget, *sizes)
     compact.launch(
@@ -134,7 +135,8 @@ def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Sp
         "SPLIT": dtype == torch.float32,
         "IS_EARLY": is_early,
     }
-    return Specialization(query_kernel, constants, num_warps=4)
+    num_warps = 2 if head_dim <= 128 else 4
+    return Specialization(query_kernel, constants, num_warps=num_warps, is_early=is_early)
 
 
 @cache
@@ -201,7 +203,7 @@ def select_specializations(
         "HEADS": heads,
         "BLOCK_H": triton.next_power_of_2(heads),
         **block,
-        "BLOCK_TILES": 256,
+        "BLOCK_TILES": 512 if shape.tiles > 256 else 256,
         "HAS_MASK": has_mask,
         "HAS_SINK": sink_dtype is not None,
     }

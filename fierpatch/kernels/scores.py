@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from fierpatch.kernels.constants import EXPONENTS, LOG2_E, ROWS, TILE_SIZE
+from fierpatch.kernels.early import await_previous
 from fierpatch.kernels.query import load_query
 
 
@@ -60,15 +60,43 @@ def _byte_plane(words, p: tl.constexpr):
 
 
 @triton.jit
-def _sum_bytes(words, low_words, operand, p: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr):
-    """Planes p and p + 8 times the query: twice the sum over set bits, ``[32, 2, HEADS]``."""
-    sums = tl.dot(_byte_plane(words, p), operand, out_dtype=tl.int32)
+def _byte_sums(
+    bytes_, low_bytes, operand, p: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr
+):
+    """Plane p of bytes times the query: twice the sum over set bits, ``[32, HEADS]``."""
+    sums = tl.dot(_byte_plane(bytes_, p), operand, out_dtype=tl.int32)
     if BITS == 2:
-        sums = 2 * sums + tl.dot(_byte_plane(low_words, p), operand, out_dtype=tl.int32)
-    sums = tl.reshape(sums, [ROWS, 2, HEADS, 2])
+        sums = 2 * sums + tl.dot(_byte_plane(low_bytes, p), operand, out_dtype=tl.int32)
     byte_worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
-    sums = tl.sum(sums * byte_worth[None, None, None, :], axis=3)
+    sums = tl.sum(tl.reshape(sums, [ROWS, HEADS, 2]) * byte_worth[None, None, :], axis=2)
     return sums.to(tl.float32) * _byte_weight(p)
+
+
+@triton.jit
+def _all_byte_sums(bytes_, low_bytes, operand, HEADS: tl.constexpr, BITS: tl.constexpr):
+    """All planes of bytes: ``[32, HEADS, 2, 2, 2]``, the plane's lowest bit first."""
+    return tl.join(
+        tl.join(
+            tl.join(
+                _byte_sums(bytes_, low_bytes, operand, 0, HEADS, BITS),
+                _byte_sums(bytes_, low_bytes, operand, 1, HEADS, BITS),
+            ),
+            tl.join(
+                _byte_sums(bytes_, low_bytes, operand, 2, HEADS, BITS),
+                _byte_sums(bytes_, low_bytes, operand, 3, HEADS, BITS),
+            ),
+        ),
+        tl.join(
+            tl.join(
+                _byte_sums(bytes_, low_bytes, operand, 4, HEADS, BITS),
+                _byte_sums(bytes_, low_bytes, operand, 5, HEADS, BITS),
+            ),
+            tl.join(
+                _byte_sums(bytes_, low_bytes, operand, 6, HEADS, BITS),
+                _byte_sums(bytes_, low_bytes, operand, 7, HEADS, BITS),
+            ),
+        ),
+    )
 
 
 @triton.jit
@@ -183,50 +211,50 @@ def rotated_scores_kernel(
 ):
     """The estimate ``a (R (q / d)) . b + q . mu`` of every token of one tile.
 
-    Words of two bytes are read as bytes, so bit p of the first and second byte are the planes p
-    and p + 8. An AND leaves one plane of each as signed bytes, which the integer units multiply by
-    the two bytes of the query, interleaved with zeros. All sums are whole numbers, hence exact.
+    Bit p of a word's low and high byte are the planes p and p + 8. An AND leaves one plane as
+    signed bytes, which the integer units multiply by the two bytes of the query. All sums are whole
+    numbers, hence exact.
 
     Writes most and sum float32 ``[r, tile, G]`` (the tile's largest logit and its sum of ``2 **
     (logit - most)``), weight int16 ``[r, token, G]`` (each token's part of that sum, see
     `weight_of`) and with a mask count int32 ``[b, t, tile]``. Clears high, in which the selection
     counts.
 
-    An early launch starts beside `query_kernel`, asks for its planes, and then waits for the query.
+    Starts beside `query_kernel`, and asks for its planes before it waits for the query.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     t = row % num_queries
     kv_row = row // num_queries
-    length = tl.load(counters_ptr).to(tl.int32)
+    length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
     if tile * TILE_SIZE >= length:
         return
     if not HAS_MASK:
         length -= (num_queries - 1 - t).to(tl.int32)
-    columns: tl.constexpr = 4 * HEADS
     heads_in_all: tl.constexpr = BLOCKS * HEADS
     groups_per_tile: tl.constexpr = TILE_SIZE // GROUP
     r = tl.arange(0, ROWS)
-    byte = tl.arange(0, 2 * BLOCK_D)
-    column = tl.arange(0, columns)
+    channel = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, 2 * HEADS)
     head = tl.arange(0, HEADS)
     slot = (row * BLOCKS + block) * HEADS
-    inside = byte < 2 * D
+    inside = channel < D
     tile_row = kv_row * tiles + tile
-    words_ptr = planes_ptr + tile_row * (BITS * ROWS * 2 * D) + r[:, None] * (2 * D) + byte[None, :]
-    words = tl.load(words_ptr, mask=inside[None, :], other=0)
+    words_ptr = planes_ptr + tile_row * (BITS * ROWS * D) + r[:, None] * D + channel[None, :]
+    words = tl.load(words_ptr, mask=inside[None, :], other=0, cache_modifier=".cg")
     low_words = words
     if BITS == 2:
-        low_words = tl.load(words_ptr + ROWS * 2 * D, mask=inside[None, :], other=0)
+        low_words = tl.load(
+            words_ptr + ROWS * D, mask=inside[None, :], other=0, cache_modifier=".cg"
+        )
     token = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
-    scale = tl.load(scale_ptr + kv_row * tiles * TILE_SIZE + token)
+    scale = tl.load(scale_ptr + kv_row * tiles * TILE_SIZE + token, cache_modifier=".cg")
     if (tile == 0) and (block == 0):
         _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
-    if IS_EARLY:
-        gdc_wait()
+    await_previous(IS_EARLY)
     operand = tl.load(
-        operand_ptr + slot * 8 * D + column[None, :] * (2 * D) + byte[:, None],
+        operand_ptr + slot * 2 * D + column[None, :] * D + channel[:, None],
         mask=inside[:, None],
         other=0,
     )
@@ -239,30 +267,15 @@ def rotated_scores_kernel(
     total = tl.sum(totals, axis=1).to(tl.float32) * (3 if BITS == 2 else 1)
     unit = tl.load(unit_ptr + slot + head)
     group = tile * groups_per_tile + tl.arange(0, groups_per_tile)
-    mean = tl.load(mean_ptr + group[:, None] * heads_in_all + head[None, :], cache_modifier=".cg")
-    sums = tl.join(
-        tl.join(
-            tl.join(
-                _sum_bytes(words, low_words, operand, 0, HEADS, BITS),
-                _sum_bytes(words, low_words, operand, 1, HEADS, BITS),
-            ),
-            tl.join(
-                _sum_bytes(words, low_words, operand, 2, HEADS, BITS),
-                _sum_bytes(words, low_words, operand, 3, HEADS, BITS),
-            ),
-        ),
-        tl.join(
-            tl.join(
-                _sum_bytes(words, low_words, operand, 4, HEADS, BITS),
-                _sum_bytes(words, low_words, operand, 5, HEADS, BITS),
-            ),
-            tl.join(
-                _sum_bytes(words, low_words, operand, 6, HEADS, BITS),
-                _sum_bytes(words, low_words, operand, 7, HEADS, BITS),
-            ),
-        ),
-    )  # row, half, head, and the bits of the plane from the lowest on
-    sums = tl.reshape(tl.permute(sums, (1, 5, 4, 3, 0, 2)), [TILE_SIZE, HEADS])
+    mean_ptr += row * tiles * (groups_per_tile * heads_in_all) + block * HEADS
+    mean = tl.load(mean_ptr + group[:, None] * heads_in_all + head[None, :])
+    # Planes 0 to 7, then 8 to 15.
+    first = _all_byte_sums(words.to(tl.int8), low_words.to(tl.int8), operand, HEADS, BITS)
+    second = _all_byte_sums(
+        (words >> 8).to(tl.int8), (low_words >> 8).to(tl.int8), operand, HEADS, BITS
+    )
+    sums = tl.permute(tl.join(first, second), (5, 4, 3, 2, 0, 1))
+    sums = tl.reshape(sums, [TILE_SIZE, HEADS])
     if HAS_MASK:
         visible_ptr += (kv_row // num_kv_heads) * visible_stride_b + t * visible_stride_t
     visible = _load_visible(visible_ptr, token, length, HAS_MASK)

@@ -14,7 +14,7 @@ from fierpatch.index.packing import TILE_SIZE
 from fierpatch.kernels.constants import EXPONENTS, MANTISSAS
 
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
-GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
+GROUPS_AT_ONCE = 64  # whose centres a program multiplies with the query
 MAX_HEADS = 8  # query heads a program scores
 _BLOCK = 2048  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
@@ -74,8 +74,8 @@ class Shape:
 
     @cached_property
     def heads(self) -> int:
-        """Query heads of one group that a program scores, a power of two."""
-        return min(triton.next_power_of_2(self.num_groups), MAX_HEADS)
+        """Query heads of one group that a program scores: 4, whose bytes fill 8 columns, or 8."""
+        return 4 if self.num_groups <= 4 else MAX_HEADS
 
     @cached_property
     def head_blocks(self) -> int:
@@ -147,8 +147,7 @@ class Scratch:
             return torch.empty(sizes, dtype=dtype, device=device)
 
         is_rotated = isinstance(shape.index, RotatedIndex)
-        self.operand = empty(slots * 4 * head_dim if is_rotated else 0, dtype=torch.int16)
-        self.operand_bytes = self.operand.view(torch.int8)
+        self.operand = empty(slots * 2 * head_dim if is_rotated else 0, dtype=torch.int8)
         self.total = empty(slots * triton.cdiv(head_dim, CHANNELS_AT_ONCE), dtype=torch.int32)
         self.unit = empty(slots)
         self.mean = empty(groups * slots if is_rotated else 0)
@@ -159,7 +158,6 @@ class Scratch:
         self.count = empty(*counts, dtype=torch.int32)
         self.key = empty(shape.rows, tokens, dtype=torch.int16)
         self.high = empty(shape.rows, EXPONENTS.value, dtype=torch.int32)
-        self.low = empty(shape.rows, MANTISSAS.value, dtype=torch.int32)
         self.chunk_low = empty(shape.rows, shape.chunks, MANTISSAS.value, dtype=torch.int32)
         self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
         self.plan = empty(shape.rows, 2, dtype=torch.int32)

@@ -95,7 +95,6 @@ def key_kernel(
     counters_ptr,
     key_ptr,
     high_ptr,
-    low_ptr,
     num_lists,
     num_queries,
     tiles,
@@ -113,8 +112,7 @@ def key_kernel(
     """Keys of one chunk of a row, int16 ``[row, token]``.
 
     A row is ``(b, list, t)``; a list is of HEADS of the G query heads of a KV head, all or one.
-    Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared, and
-    clears low, the same of mantissas.
+    Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -184,16 +182,12 @@ def key_kernel(
         tl.store(key_ptr + token, key.to(tl.int16), mask=token < length)
         bins += tl.histogram(key >> 8, EXPONENTS, mask=key > 0)
     tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
-    if chunk == 0:
-        low_bin = tl.arange(0, MANTISSAS)
-        tl.store(low_ptr + row * MANTISSAS + low_bin, tl.zeros([MANTISSAS], tl.int32))
 
 
 @triton.jit(do_not_specialize=["budget", "tiles", "blocks"])
 def low_kernel(
     key_ptr,
     high_ptr,
-    low_ptr,
     chunk_low_ptr,
     chunk_over_ptr,
     plan_ptr,
@@ -206,21 +200,19 @@ def low_kernel(
     """The keys of one chunk that are above the threshold's exponent, or have it.
 
     Writes chunk_over int32 ``[row, chunk]``, how many are above; chunk_low int32 ``[row, chunk,
-    MANTISSAS]``, the mantissas of those that have it, and adds these to low; plan int32
-    ``[row, 2]``, the exponent and how many keys of the row are above it.
+    MANTISSAS]``, the mantissas of those that have it; plan int32 ``[row, 2]``, the exponent and how
+    many keys of the row are above it.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
-    # Asked for before it is known whether there is anything to do: that takes as long to come.
-    highs = tl.load(high_ptr + row * EXPONENTS + tl.arange(0, EXPONENTS))
     length = tl.load(counters_ptr).to(tl.int32)
     if chunk * (BLOCK * blocks) >= length:
         return
+    highs = tl.load(high_ptr + row * EXPONENTS + tl.arange(0, EXPONENTS))
     key_ptr += row * tiles * TILE_SIZE
     key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
     place = row * tl.num_programs(0) + chunk
-    low_ptr += row * MANTISSAS
     chunk_low_ptr += place * MANTISSAS
     tl.store(chunk_low_ptr + bin_, tl.zeros([MANTISSAS], tl.int32))
     high, above = _threshold(highs, budget, EXPONENTS)
@@ -228,6 +220,9 @@ def low_kernel(
     one = tl.full([BLOCK], 1, tl.int32)
     over = 0
     for block in range(chunk * blocks, chunk * blocks + blocks):
+        next_token = (block + 1) * BLOCK + tl.arange(0, BLOCK)
+        following = tl.where(block + 1 < chunk * blocks + blocks, length, 0)
+        next_key = _load_key(key_ptr, next_token, following)
         is_over = (key > 0) & ((key >> 8) > high)
         is_equal = (key > 0) & ((key >> 8) == high)
         # One sum counts both.
@@ -238,12 +233,9 @@ def low_kernel(
         if (both >> 16) > BLOCK // 8:
             bins = tl.histogram(low, MANTISSAS, mask=is_equal)
             tl.atomic_add(chunk_low_ptr + bin_, bins, mask=bins > 0, sem="relaxed")
-            tl.atomic_add(low_ptr + bin_, bins, mask=bins > 0, sem="relaxed")
         else:
             tl.atomic_add(chunk_low_ptr + low, one, mask=is_equal, sem="relaxed")
-            tl.atomic_add(low_ptr + low, one, mask=is_equal, sem="relaxed")
-        if block + 1 < chunk * blocks + blocks:
-            key = _load_key(key_ptr, (block + 1) * BLOCK + tl.arange(0, BLOCK), length)
+        key = next_key
     tl.store(chunk_over_ptr + place, over)
     if chunk == 0:
         tl.store(plan_ptr + row * 2, high)
@@ -254,7 +246,6 @@ def low_kernel(
 def compact_kernel(
     key_ptr,
     high_ptr,
-    low_ptr,
     chunk_low_ptr,
     chunk_over_ptr,
     plan_ptr,
@@ -276,36 +267,37 @@ def compact_kernel(
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
-    high = tl.load(plan_ptr + row * 2)
-    above = tl.load(plan_ptr + row * 2 + 1)
-    row_low = tl.load(low_ptr + row * MANTISSAS + bin_)
     length = tl.load(counters_ptr).to(tl.int32)
-    if chunk * (BLOCK * blocks) >= length:
-        return
     key_ptr += row * tiles * TILE_SIZE
     key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
-    low, above_low = _threshold(row_low, budget - above, MANTISSAS)
+    if chunk * (BLOCK * blocks) >= length:
+        return
+    high = tl.load(plan_ptr + row * 2)
+    above = tl.load(plan_ptr + row * 2 + 1)
+    # What all chunks of the row hold, and those before this one.
+    num_chunks = tl.cdiv(length, BLOCK * blocks)
+    row_lows = tl.zeros([MANTISSAS], tl.int32)
+    lows = tl.zeros([MANTISSAS], tl.int32)
+    over = 0
+    for start in range(0, num_chunks, CHUNKS):
+        other = start + tl.arange(0, CHUNKS)
+        place = row * tl.num_programs(0) + other
+        part = tl.load(
+            chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :],
+            mask=(other < num_chunks)[:, None],
+            other=0,
+        )
+        row_lows += tl.sum(part, axis=0)
+        lows += tl.sum(tl.where((other < chunk)[:, None], part, 0), axis=0)
+        over += tl.sum(tl.load(chunk_over_ptr + place, mask=other < chunk, other=0), axis=0)
+    low, above_low = _threshold(row_lows, budget - above, MANTISSAS)
     # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
     has_cut = high >= 0
     cut = tl.where(has_cut, high * MANTISSAS + low, 0)
     num_ties = tl.where(has_cut, budget - above - above_low, 0)
     num_chosen = tl.where(has_cut, budget, above)
-    # What the chunks before this one take.
-    over = 0
-    tied = 0
-    for start in range(0, chunk, CHUNKS):
-        earlier = start + tl.arange(0, CHUNKS)
-        place = row * tl.num_programs(0) + earlier
-        is_before = earlier < chunk
-        lows = tl.load(
-            chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :],
-            mask=is_before[:, None],
-            other=0,
-        )
-        lows = tl.sum(lows, axis=0)
-        over += tl.sum(tl.load(chunk_over_ptr + place, mask=is_before, other=0), axis=0)
-        over += tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
-        tied += tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
+    over += tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
+    tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
     token_index_ptr += row * width
     for block in range(chunk * blocks, chunk * blocks + blocks):
         token = block * BLOCK + tl.arange(0, BLOCK)

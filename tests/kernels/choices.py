@@ -216,7 +216,7 @@ def check_interruption(case: Retrieval, device: torch.device) -> None:
     step = make_step(case, device)
     step.score()
     expected = step.select()
-    for name in ("high", "low", "chunk_low", "chunk_over", "plan"):
+    for name in ("high", "chunk_low", "chunk_over", "plan"):
         getattr(step.scratch, name).fill_(12345)
     step.score()
     assert (step.scratch.high == 0).all()

@@ -1,0 +1,35 @@
+"""Starting a kernel beside the one before it: CUDA's programmatic dependent launch.
+
+That one has to say when, and the next has to wait for what it wrote. What kernels before those two
+wrote may be read at once, but past the first-level cache, which a new kernel finds emptied and one
+that starts early perhaps not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def start_next(IS_EARLY: tl.constexpr):
+    """Let the next kernel start when all programs of this one have come here."""
+    if IS_EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous(IS_EARLY: tl.constexpr):
+    """Wait for the kernel before, and for what it wrote."""
+    if IS_EARLY:
+        gdc_wait()
+
+
+@cache
+def can_start_early(device: torch.device) -> bool:
+    """Whether the device can: from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
