@@ -15,7 +15,6 @@ from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import TILE_SIZE
-from fierpatch.kernels.early import can_start_early, start_next
 from fierpatch.kernels.launch import Specialization, as_rows
 from fierpatch.kernels.quantize import quantize_fier, quantize_rotated, quantize_rotated_one
 
@@ -135,14 +134,12 @@ def append_kernel(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    IS_EARLY: tl.constexpr,
 ):
     """Store tokens at the counter, index what is not indexed yet, move the counter on.
 
     The program that arrives last moves it, when all others have read it. Tokens past the capacity
     are not written, and the counter says so.
     """
-    start_next(IS_EARLY)
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     b = row // num_heads
@@ -269,8 +266,7 @@ def append(
         parts = 1 if num_new == 1 else triton.cdiv(num_new, TOKENS_PER_TILE) + 1
     grid = (parts, batch_size * num_heads, 1)
     tensors, tiles = _tensors(state), state[0].shape[2] if state else 0
-    is_early = can_start_early(key.device)
-    append_specialization(index, head_dim, value.shape[3], key.dtype, is_early).launch(
+    append_specialization(index, head_dim, value.shape[3], key.dtype).launch(
         grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
         *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
@@ -307,7 +303,7 @@ def _tensors(state: list[Tensor]) -> tuple[Tensor | None, ...]:
 
 @cache
 def append_specialization(
-    index: KeyIndex | None, head_dim: int, value_head_dim: int, dtype: torch.dtype, is_early: bool
+    index: KeyIndex | None, head_dim: int, value_head_dim: int, dtype: torch.dtype
 ) -> Specialization:
     """Of `append_kernel`."""
     common = _common_constants(index, head_dim)
@@ -322,7 +318,7 @@ def append_specialization(
         "BLOCK_T": _STORE_BLOCK if index is None else _INDEX_BLOCK,
     }
     rest = {name: value for name, value in common.items() if name not in constants}
-    return Specialization(append_kernel, constants | rest | {"IS_EARLY": is_early}, num_warps=8)
+    return Specialization(append_kernel, constants | rest, num_warps=8)
 
 
 @cache

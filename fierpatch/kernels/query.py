@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.early import await_previous, start_next
+from fierpatch.kernels.early import start_next
 
 MOST_HEADS = tl.constexpr(8)  # that a program scores; the matrix units want as many columns
 # The largest magnitude a channel takes: the high byte then stays within 127.
@@ -153,6 +153,7 @@ def query_kernel(
 
     Writes what `_rotate` and `_multiply_centres` say; mean is float32 ``[r, groups, n, HEADS]``.
     """
+    start_next(IS_EARLY)
     task = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
@@ -173,16 +174,12 @@ def query_kernel(
             other=0,
         )
         balance = tl.load(balance_ptr + kv_row * D + channel, mask=channel < D, other=1.0)
-        await_previous(IS_EARLY)
-        start_next(IS_EARLY)
         query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
         _rotate(
             query, balance, matrix, operand_ptr, total_ptr, unit_ptr,
             (row * BLOCKS + block) * HEADS, task, logit_scale, D, HEADS, OUT, NORM,
         )  # fmt: skip
     else:
-        await_previous(IS_EARLY)
-        start_next(IS_EARLY)
         length = tl.load(counters_ptr).to(tl.int32)
         first_group = (task - channel_blocks) * GROUPS
         num_groups = tl.cdiv(length, GROUP)

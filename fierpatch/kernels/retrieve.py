@@ -136,7 +136,7 @@ def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Sp
         "IS_EARLY": is_early,
     }
     num_warps = 2 if head_dim <= 128 else 4
-    return Specialization(query_kernel, constants, num_warps=num_warps, is_early=is_early)
+    return Specialization(query_kernel, constants, num_warps=num_warps)
 
 
 @cache
@@ -207,7 +207,9 @@ def select_specializations(
         "HAS_MASK": has_mask,
         "HAS_SINK": sink_dtype is not None,
     }
-    chunks = {"CHUNKS": min(max(triton.next_power_of_2(shape.chunks), 8), 32), "BLOCK_W": 1024}
+    at_once = min(max(triton.next_power_of_2(shape.chunks), 8), 32)
+    pieces = triton.cdiv(shape.chunks, at_once)
+    chunks = {"CHUNKS": at_once, "PIECES": pieces, "BLOCK_W": 1024}
     num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
     return (
         Specialization(key_kernel, keys, num_warps=num_warps),

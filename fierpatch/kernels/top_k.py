@@ -257,6 +257,7 @@ def compact_kernel(
     blocks,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Write the chosen tokens of one chunk where they belong in the row's list.
@@ -279,8 +280,8 @@ def compact_kernel(
     row_lows = tl.zeros([MANTISSAS], tl.int32)
     lows = tl.zeros([MANTISSAS], tl.int32)
     over = 0
-    for start in range(0, num_chunks, CHUNKS):
-        other = start + tl.arange(0, CHUNKS)
+    for piece in tl.static_range(PIECES):
+        other = piece * CHUNKS + tl.arange(0, CHUNKS)
         place = row * tl.num_programs(0) + other
         part = tl.load(
             chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :],
