@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 FLUSH_NBYTES = 256 << 20  # five times the 50 MB L2 of an H100
+CALLS = 4  # in a graph: what a launch of it costs is shared by them
 WARM_UP = 3  # calls; torch asks for as many before a capture
 
 
@@ -38,30 +39,54 @@ def replays(
 ) -> list[float]:
     """Microseconds of the device's work in one call, the L2 cold.
 
-    On a CUDA device the call is captured once and replayed; on a CPU it is simply called.
+    On a CUDA device a graph of `CALLS` calls is replayed, each behind a pass over more memory than
+    the L2 holds, and a graph of the passes alone; the difference is the calls'. A pass only reads,
+    so that it leaves the L2 as a model's weights do, with nothing to write back. On a CPU the
+    function is simply called.
 
     Args:
         function: works on the same tensors in every call.
         device: where it works.
         count: samples to take.
-        before: runs before each call, outside the time, say to put a counter back.
+        before: runs before each replay, outside the time, say to put a counter back.
     """
     if torch.device(device).type != "cuda":
         return _calls(function, count, before)
-    graph, _output = _capture(function, before)
-    flushed = torch.empty(FLUSH_NBYTES, dtype=torch.uint8, device=device)
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count + WARM_UP)
-    ]
-    for start, stop in events:
-        before()
-        # Its 0.1 ms also hides the host's launch of the graph.
-        flushed.zero_()
-        start.record()
-        graph.replay()
-        stop.record()
+    memory = torch.zeros(FLUSH_NBYTES // 4, device=device)
+    total = torch.zeros((), device=device)
+
+    def flush() -> None:
+        torch.sum(memory, 0, out=total)
+
+    def calls() -> list[object]:
+        outputs = []
+        for _ in range(CALLS):
+            flush()
+            outputs.append(function())
+        return outputs
+
+    def flushes() -> None:
+        for _ in range(CALLS):
+            flush()
+
+    graphs = [_capture(calls, before), _capture(flushes, before)]
+    samples = []
+    for number in range(count + WARM_UP):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        for place, (graph, _output) in enumerate(graphs):
+            before()
+            # One more, in whose 0.1 ms the host launches the graph.
+            flush()
+            events[2 * place].record()
+            graph.replay()
+            events[2 * place + 1].record()
+        if number >= WARM_UP:
+            samples.append(events)
     torch.cuda.synchronize()
-    return [start.elapsed_time(stop) * 1e3 for start, stop in events[WARM_UP:]]
+    return [
+        (start.elapsed_time(stop) - empty.elapsed_time(end)) * 1e3 / CALLS
+        for start, stop, empty, end in samples
+    ]
 
 
 def _capture(
