@@ -325,7 +325,9 @@ def append_specialization(
 def index_specialization(index: KeyIndex, dtype: torch.dtype) -> Specialization:
     """Of `index_kernel`."""
     constants = _common_constants(index, index.head_dim)
-    return Specialization(index_kernel, constants, num_warps=8)
+    # With 4 warps two programs share a multiprocessor, and one works while the other waits.
+    num_warps = 4 if index.head_dim <= 128 and constants["BITS"] == 1 else 8
+    return Specialization(index_kernel, constants, num_warps=num_warps)
 
 
 def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
@@ -334,7 +336,7 @@ def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
         "INDEX": NO_INDEX if index is None else kind(index),
         "D": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK_K": min(32 if block_d < 256 else 16, block_d),
+        "BLOCK_K": min(16, block_d),
         "BLOCK_ONE": min(128 if block_d < 256 else 64, block_d),
         "BITS": index.bits if isinstance(index, RotatedIndex) else 1,
         "GROUP": 32 if index is None else index.group_size,
