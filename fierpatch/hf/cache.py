@@ -142,7 +142,7 @@ class FierCache(Cache):
         else:
             template, plain = DynamicCache(config=text_config), DynamicLayer
         layers = list(template.layers)
-        shared = Shared()
+        self._shared = Shared()
         for number, layer in enumerate(layers):
             if type(layer) is plain:
                 layers[number] = FierLayer(
@@ -152,7 +152,7 @@ class FierCache(Cache):
                         is_static=settings.compile,
                         is_dense=number < settings.dense_layers,
                         max_positions=limit,
-                        shared=shared,
+                        shared=self._shared,
                     )
                 )
         super().__init__(layers=layers)
@@ -178,12 +178,16 @@ class FierCache(Cache):
 
         Raises:
             CacheMismatchError: the model has more layers than the cache was built for.
+            BackendError: the backend asked for cannot run on such keys and values.
         """
         if layer_idx >= len(self.layers):
             raise CacheMismatchError(
                 f"layer {layer_idx} was asked of a cache of {len(self.layers)} layers built for a "
                 f"{self.model_type!r} model: it belongs to another model; start with a new cache"
             )
+        if layer_idx == 0 and not self.layers[0].is_initialized:
+            # Our layers ask too, but a sliding one before them would have stored by then.
+            self._shared.operators(self.settings, key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def observe(self, observer: Observer | None) -> None:

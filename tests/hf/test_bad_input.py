@@ -197,8 +197,9 @@ def test_a_planned_option_says_that_it_is_planned(options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("is_installed", [False, True])
 @pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # the second begins with a sliding layer
 def test_kernels_that_cannot_run_are_refused_and_nothing_is_stored(
-    is_static: bool, is_installed: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, is_static: bool, is_installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if is_installed:
         pytest.importorskip("triton", reason="Triton is not installed")
@@ -206,7 +207,7 @@ def test_kernels_that_cannot_run_are_refused_and_nothing_is_stored(
     else:
         monkeypatch.setattr("fierpatch.ops.operators.find_spec", lambda name: None)
         refused = pytest.raises(MissingDependencyError, match=r"pip install fierpatch\[triton\]")
-    model = tiny_model("llama")
+    model = tiny_model(family)
     expected = model.generate(prompt(20), max_new_tokens=4)
     with nothing_changes(model):
         handle = fierpatch.apply(model, budget=24, backend="triton", compile=is_static)
