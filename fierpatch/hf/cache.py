@@ -185,7 +185,7 @@ class FierCache(Cache):
                 f"layer {layer_idx} was asked of a cache of {len(self.layers)} layers built for a "
                 f"{self.model_type!r} model: it belongs to another model; start with a new cache"
             )
-        if layer_idx == 0 and not self.layers[0].is_initialized:
+        if layer_idx == 0 and not getattr(self.layers[0], "is_initialized", True):
             # Our layers ask too, but a sliding one before them would have stored by then.
             self._shared.operators(self.settings, key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
