@@ -31,5 +31,7 @@ def await_previous(IS_EARLY: tl.constexpr):
 
 @cache
 def can_start_early(device: torch.device) -> bool:
-    """Whether the device can: from compute capability 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether the device can: NVIDIA's, from compute capability 9.0 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
