@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fierpatch.kernels.constants import TILE_SIZE
 from fierpatch.kernels.early import start_next
 
 MOST_HEADS = tl.constexpr(8)  # that a program scores; the matrix units want as many columns
@@ -185,7 +186,7 @@ def query_kernel(
         num_groups = tl.cdiv(length, GROUP)
         if first_group < num_groups:
             query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
-            all_groups = tiles * (512 // GROUP)
+            all_groups = tiles * (TILE_SIZE // GROUP)
             _multiply_centres(
                 query, centre_ptr + kv_row * all_groups * D,
                 mean_ptr + row * all_groups * (BLOCKS * HEADS) + block * HEADS,

@@ -1,8 +1,8 @@
 """Scores of every token by the bit planes of an index, and each head's softmax statistics.
 
 A program scores one tile of 512 tokens for up to 8 query heads of a KV head. Logits are in units of
-log2, so that ``exp2`` turns them into weights. What is kept of a logit is its weight beside the
-largest of its tile, in 16 bits: as many as the memory is to carry twice.
+log2, so that ``exp2`` turns them into weights. What the selection gets of a logit is its weight
+relative to the largest of its tile, in 16 bits.
 """
 
 from __future__ import annotations
@@ -73,30 +73,31 @@ def _byte_sums(
 
 
 @triton.jit
+def _join_eight(a, b, c, d, e, f, g, h):
+    """Eight planes ``[32, HEADS]`` as ``[32, HEADS, 2, 2, 2]``, the lowest bit of a plane first."""
+    low = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.join(low, tl.join(tl.join(e, f), tl.join(g, h)))
+
+
+@triton.jit
 def _all_byte_sums(bytes_, low_bytes, operand, HEADS: tl.constexpr, BITS: tl.constexpr):
-    """All planes of bytes: ``[32, HEADS, 2, 2, 2]``, the plane's lowest bit first."""
-    return tl.join(
-        tl.join(
-            tl.join(
-                _byte_sums(bytes_, low_bytes, operand, 0, HEADS, BITS),
-                _byte_sums(bytes_, low_bytes, operand, 1, HEADS, BITS),
-            ),
-            tl.join(
-                _byte_sums(bytes_, low_bytes, operand, 2, HEADS, BITS),
-                _byte_sums(bytes_, low_bytes, operand, 3, HEADS, BITS),
-            ),
-        ),
-        tl.join(
-            tl.join(
-                _byte_sums(bytes_, low_bytes, operand, 4, HEADS, BITS),
-                _byte_sums(bytes_, low_bytes, operand, 5, HEADS, BITS),
-            ),
-            tl.join(
-                _byte_sums(bytes_, low_bytes, operand, 6, HEADS, BITS),
-                _byte_sums(bytes_, low_bytes, operand, 7, HEADS, BITS),
-            ),
-        ),
+    return _join_eight(
+        _byte_sums(bytes_, low_bytes, operand, 0, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 1, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 2, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 3, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 4, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 5, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 6, HEADS, BITS),
+        _byte_sums(bytes_, low_bytes, operand, 7, HEADS, BITS),
     )
+
+
+@triton.jit
+def _token_order(low, high, HEADS: tl.constexpr):
+    """Planes 0 to 7 and 8 to 15, each out of `_join_eight`, as tokens: ``[512, HEADS]``."""
+    planes = tl.permute(tl.join(low, high), (5, 4, 3, 2, 0, 1))
+    return tl.reshape(planes, [TILE_SIZE, HEADS])
 
 
 @triton.jit
@@ -269,13 +270,11 @@ def rotated_scores_kernel(
     group = tile * groups_per_tile + tl.arange(0, groups_per_tile)
     mean_ptr += row * tiles * (groups_per_tile * heads_in_all) + block * HEADS
     mean = tl.load(mean_ptr + group[:, None] * heads_in_all + head[None, :])
-    # Planes 0 to 7, then 8 to 15.
-    first = _all_byte_sums(words.to(tl.int8), low_words.to(tl.int8), operand, HEADS, BITS)
-    second = _all_byte_sums(
+    low = _all_byte_sums(words.to(tl.int8), low_words.to(tl.int8), operand, HEADS, BITS)
+    high = _all_byte_sums(
         (words >> 8).to(tl.int8), (low_words >> 8).to(tl.int8), operand, HEADS, BITS
     )
-    sums = tl.permute(tl.join(first, second), (5, 4, 3, 2, 0, 1))
-    sums = tl.reshape(sums, [TILE_SIZE, HEADS])
+    sums = _token_order(low, high, HEADS)
     if HAS_MASK:
         visible_ptr += (kv_row // num_kv_heads) * visible_stride_b + t * visible_stride_t
     visible = _load_visible(visible_ptr, token, length, HAS_MASK)
@@ -296,7 +295,7 @@ def _fier_plane(
     words, query, offsets, scale_ptr, inside, p: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr
 ):
     """Plane p's ``q . K~`` in units of the query's largest channel: ``[32, HEADS]``."""
-    group: tl.constexpr = p // (GROUP // 32)
+    group: tl.constexpr = p * ROWS // GROUP
     scale = tl.load(scale_ptr + group * D, mask=inside, other=0.0)
     sums = tl.dot(_half_plane(words, p), query * scale[:, None]) * _half_weight(p)
     is_its = (tl.arange(0, 16) == group)[:, None]
@@ -308,28 +307,15 @@ def _fier_planes(
     words, query, offsets, scale_ptr, inside,
     p: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Eight planes from p on: ``[32, HEADS, 2, 2, 2]``, the plane's lowest bit first."""
-    return tl.join(
-        tl.join(
-            tl.join(
-                _fier_plane(words, query, offsets, scale_ptr, inside, p, D, GROUP),
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 1, D, GROUP),
-            ),
-            tl.join(
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 2, D, GROUP),
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 3, D, GROUP),
-            ),
-        ),
-        tl.join(
-            tl.join(
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 4, D, GROUP),
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 5, D, GROUP),
-            ),
-            tl.join(
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 6, D, GROUP),
-                _fier_plane(words, query, offsets, scale_ptr, inside, p + 7, D, GROUP),
-            ),
-        ),
+    return _join_eight(
+        _fier_plane(words, query, offsets, scale_ptr, inside, p, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 1, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 2, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 3, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 4, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 5, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 6, D, GROUP),
+        _fier_plane(words, query, offsets, scale_ptr, inside, p + 7, D, GROUP),
     )
 
 
@@ -421,9 +407,7 @@ def fier_scores_kernel(
     scale_ptr += channel
     low = _fier_planes(words, query, offsets, scale_ptr, inside, 0, D, GROUP)
     high = _fier_planes(words, query, offsets, scale_ptr, inside, 8, D, GROUP)
-    # row, head, and the bits of the plane from the lowest on
-    sums = tl.permute(tl.join(low, high), (5, 4, 3, 2, 0, 1))
-    logit = tl.reshape(sums, [TILE_SIZE, HEADS]) * unit[None, :]
+    logit = _token_order(low, high, HEADS) * unit[None, :]
     if HAS_CAP:
         logit = cap(logit, softcap)
     logit = tl.where(visible[:, None], logit, float("-inf"))
