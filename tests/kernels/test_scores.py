@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import example, given
 
+import oracles
 from fierpatch.index import FierIndex, RotatedIndex
 from kernels.choices import check_agreement
-from kernels.scores import check_scores
-from kernels.steps import Retrieval, retrievals
+from kernels.scores import QUERY_LEVELS, check_scores
+from kernels.steps import Retrieval, make_step, retrievals
 from kernels.tensors import few
 from strategies import Shape, channel_offsets, heavy_tails, left_padded_visible
 
@@ -66,6 +67,35 @@ def test_scores_of_known_shapes_are_those_of_the_index(case: Retrieval) -> None:
 @given(case=retrievals())
 def test_scores_are_those_of_the_index(case: Retrieval) -> None:
     check_scores(case, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_the_rotated_query_is_in_the_nearest_whole_numbers(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    axes = shape(num_kv_heads=2, num_queries=3, length=200, head_dim=head_dim)
+    step = make_step(Retrieval(RotatedIndex(head_dim), axes, dtype=dtype), CPU)
+    step.score()
+    query = step.query.double().unflatten(1, (axes.num_kv_heads, -1)).transpose(2, 3)
+    balanced = query / step.state[3].double()[:, :, None, None]  # [B, H, T, G, D]
+    rotated = balanced @ torch.from_numpy(oracles.rotation(head_dim, 0))
+    expected = rotated / rotated.norm(dim=-1, keepdim=True) * QUERY_LEVELS
+    high, low = step.scratch.operand.view(*expected.shape[:4], 2, head_dim).double().unbind(4)
+    # A float32 sum of D terms whose sizes add up to the norm at most; the terms have 22 bits.
+    error = QUERY_LEVELS * (head_dim * 2.0**-24 + 2.0**-22)
+    assert ((256 * high + low - expected).abs() <= 0.5 + error).all()
+
+
+def test_weights_are_rounded_and_not_cut_off() -> None:
+    """Cut off, a tile's weights would sum to some 0.14 % less than its sum says."""
+    axes = shape(num_kv_heads=2, length=2048)
+    step = make_step(Retrieval(RotatedIndex(64), axes), CPU)
+    step.score()
+    weights, _ = step.weights()  # [B, H, T, S, G]
+    total = step.scratch.sum.view(1, 2, 1, -1, 4)[:, :, :, :4].double()
+    ratio = weights.unflatten(3, (4, 512)).sum(4) / total
+    assert (ratio - 1).abs().mean() < 2.0**-12
 
 
 @few(6)
