@@ -127,10 +127,8 @@ class LayerCache:
         elif self.is_static:
             keys, values = self.keys[:], self.values[:]
         else:
-            keys, values = (
-                self.keys[:, :, : stored + num_new],
-                self.values[:, :, : stored + num_new],
-            )
+            stop = stored + num_new
+            keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
         setattr(keys, MARK, self._mark)
         setattr(values, MARK, self._mark)
         return keys, values
