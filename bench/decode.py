@@ -224,10 +224,11 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
     if layer.operators.name == "reference":
         return {}
     from fierpatch.kernels import attention, retrieve
+    from fierpatch.kernels.logits import Logits
     from fierpatch.kernels.shape import Scratch, Shape
 
     config, scale = layer.config, query.shape[3] ** -0.5
-    state, counters, logits = layer.state, layer.counters, retrieve.Logits(scale)
+    state, counters, logits = layer.state, layer.counters, Logits(scale)
     index, per_query_head = layer.operators.index, config.per_query_head
     shape = Shape.of(index, query, state[0], budget=config.budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)

@@ -14,7 +14,7 @@ from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.constants import TILE_SIZE
+from fierpatch.kernels.constants import ROWS, TILE_SIZE
 from fierpatch.kernels.launch import Specialization, as_rows
 from fierpatch.kernels.quantize import quantize_fier, quantize_rotated, quantize_rotated_one
 
@@ -80,7 +80,7 @@ def _quantize(
     ONE_BY_ONE: tl.constexpr,
 ):
     """One tile of the index of KV head `row`; `third_ptr` is its centre or zero."""
-    planes_ptr += row * tiles * (BITS * 32 * D)
+    planes_ptr += row * tiles * (BITS * ROWS * D)
     third_ptr += row * tiles * (TILE_SIZE // GROUP * D)
     if INDEX == 1:
         quantize_rotated(
@@ -170,7 +170,7 @@ def append_kernel(
         # The usual step. Nothing that it reads depends on what it stores.
         quantize_rotated_one(
             key_ptr,
-            planes_ptr + row * tiles * (BITS * 32 * D),
+            planes_ptr + row * tiles * (BITS * ROWS * D),
             scale_ptr + row * tiles * TILE_SIZE,
             third_ptr + row * tiles * (TILE_SIZE // GROUP * D),
             balance_ptr + row * D, rotation_ptr, stored,
@@ -306,19 +306,13 @@ def append_specialization(
     index: KeyIndex | None, head_dim: int, value_head_dim: int, dtype: torch.dtype
 ) -> Specialization:
     """Of `append_kernel`."""
-    common = _common_constants(index, head_dim)
     constants = {
-        "INDEX": common["INDEX"],
-        "D": head_dim,
+        **_common_constants(index, head_dim),
         "DV": value_head_dim,
-        "BLOCK_D": common["BLOCK_D"],
         "BLOCK_DV": triton.next_power_of_2(value_head_dim),
-        "BLOCK_K": common["BLOCK_K"],
-        "BLOCK_ONE": common["BLOCK_ONE"],
         "BLOCK_T": _STORE_BLOCK if index is None else _INDEX_BLOCK,
     }
-    rest = {name: value for name, value in common.items() if name not in constants}
-    return Specialization(append_kernel, constants | rest, num_warps=8)
+    return Specialization(append_kernel, constants, num_warps=8)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fierpatch.kernels.constants import LOG2_E
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
-from fierpatch.kernels.scores import cap
+from fierpatch.kernels.logits import Logits, cap
 
 _MAX_SPLITS = 16
 _MAX_DENSE_SPLITS = 64
@@ -203,7 +204,7 @@ def gather_attention(
     sink_logits: Tensor | None = None,
     counters: Tensor | None = None,
     arrivals: Tensor | None = None,
-    partial: Tensor | None = None,
+    allocate: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """`fierpatch.reference.gather_attention` with heads and queries swapped.
 
@@ -213,7 +214,7 @@ def gather_attention(
         token_indices: int64 ``[B, H or Hq, T, K]``, contiguous; -1 marks an unused slot.
         counters: with them, the output is NaN if more tokens were stored than C.
         arrivals: int32 zeros, one a row of `token_indices` at least; left as they are found.
-        partial: float32 room for `partial_size` numbers; None allocates.
+        allocate: gives room for so many float32 numbers; None is fresh memory.
 
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype.
@@ -223,7 +224,7 @@ def gather_attention(
     splits = num_splits(batch_size * num_lists * num_queries, width)
     return _attend(
         query, keys, values, token_indices, None, num_lists, width, splits,
-        scale, softcap, sink_logits, counters, arrivals, partial,
+        scale, softcap, sink_logits, counters, arrivals, allocate,
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def dense_attention(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     arrivals: Tensor | None = None,
-    partial: Tensor | None = None,
+    allocate: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Attention of the newest tokens over all that are stored, their number read on the device.
 
@@ -254,7 +255,7 @@ def dense_attention(
     splits = num_dense_splits(num_rows, capacity)
     return _attend(
         query, keys, values, None, visible, num_kv_heads, capacity, splits,
-        scale, softcap, sink_logits, counters, arrivals, partial,
+        scale, softcap, sink_logits, counters, arrivals, allocate,
     )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def _attend(
     sink_logits: Tensor | None,
     counters: Tensor | None,
     arrivals: Tensor | None,
-    partial: Tensor | None,
+    allocate: Callable[[int], Tensor] | None,
 ) -> Tensor:
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, capacity, value_head_dim = keys.shape[1], keys.shape[2], values.shape[3]
@@ -283,35 +284,27 @@ def _attend(
     if arrivals is None:
         arrivals = torch.zeros(num_rows, dtype=torch.int32, device=query.device)
     heads = num_heads // num_lists
+    # What the splits write for each other: outputs, then from an aligned address log-sums.
     size = num_rows * splits * heads
-    if partial is None:
-        room = partial_size(num_rows, splits, heads, value_head_dim)
-        partial = query.new_empty(room, dtype=torch.float32)
+    outputs_size = -(-size * value_head_dim // 4) * 4
+    if allocate is None:
+        partial = query.new_empty(outputs_size + size, dtype=torch.float32)
+    else:
+        partial = allocate(outputs_size + size)
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
-    has_cap = softcap > 0
+    logits = Logits(scale, softcap)
     attend_specialization(
-        head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype, has_cap,
-        None if sink_logits is None else sink_logits.dtype, counters is not None,
+        head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype,
+        logits.has_cap, None if sink_logits is None else sink_logits.dtype, counters is not None,
         token_indices is not None, visible is not None,
     ).launch(
         (num_rows, splits, 1),
         query, keys, values, token_indices, visible, sink_logits, counters,
-        partial, partial[_round_up(size * value_head_dim) :], arrivals, output,
+        partial, partial[outputs_size:], arrivals, output,
         *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
-        scale / softcap if has_cap else scale * LOG2_E.value, softcap,
+        logits.factor, softcap,
     )  # fmt: skip
     return output
-
-
-def partial_size(num_rows: int, splits: int, heads: int, value_head_dim: int) -> int:
-    """Float32 numbers that so many splits of every row write for each other."""
-    size = num_rows * splits * heads
-    return _round_up(size * value_head_dim) + size
-
-
-def _round_up(size: int) -> int:
-    """A number of float32 that ends on an aligned address."""
-    return -(-size // 4) * 4
 
 
 @cache

@@ -11,6 +11,8 @@ from fierpatch.index import base, packing
 TILE_SIZE = tl.constexpr(packing.TILE_SIZE)
 ROWS = tl.constexpr(packing.ROWS)
 FLOAT16_MAX = tl.constexpr(base.FLOAT16_MAX)
+MAX_HEADS = tl.constexpr(8)  # that a program scores; the matrix units want as many columns
 EXPONENTS = tl.constexpr(64)  # that a key of the selection tells apart
-MANTISSAS = tl.constexpr(256)
+MANTISSA_BITS = tl.constexpr(8)  # of such a key, its lowest
+MANTISSAS = tl.constexpr(1 << MANTISSA_BITS.value)
 LOG2_E = tl.constexpr(math.log2(math.e))

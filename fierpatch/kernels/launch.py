@@ -27,7 +27,7 @@ class Specialization:
     Args:
         kernel: a ``triton.jit`` function. Its constants come last, and no integer argument of it
             is specialised.
-        constants: by name, in the kernel's order.
+        constants: by name, all that the kernel has.
         num_warps, num_stages: as Triton means them.
         is_early: whether it may start beside the kernel before, see `fierpatch.kernels.early`.
     """
@@ -46,8 +46,10 @@ class Specialization:
         is_early: bool = False,
     ) -> None:
         self._kernel = kernel
-        self._constants = constants
-        self._values = tuple(constants.values())
+        # A compiled kernel takes them by position.
+        names = sorted(constants, key=kernel.arg_names.index)
+        self._constants = {name: constants[name] for name in names}
+        self._values = tuple(self._constants.values())
         self._compiled: dict[int, Any] = {}
         self.num_warps = num_warps
         self.num_stages = num_stages

@@ -5,10 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import TILE_SIZE
+from fierpatch.kernels.constants import MAX_HEADS, TILE_SIZE
 from fierpatch.kernels.early import start_next
 
-MOST_HEADS = tl.constexpr(8)  # that a program scores; the matrix units want as many columns
 # The largest magnitude a channel takes: the high byte then stays within 127.
 LEVELS = tl.constexpr(32512.0)
 
@@ -59,7 +58,7 @@ def _rotate(
         total int32 ``[r, n, HEADS, D / OUT]``: the sum of those numbers, by block of channels.
         unit float32 ``[r, n, HEADS]``, times the logit scale.
     """
-    head = tl.arange(0, MOST_HEADS)
+    head = tl.arange(0, MAX_HEADS)
     out = task * OUT + tl.arange(0, OUT)
     inside = out < D
     scaled = query * (1.0 / balance)[None, :]
@@ -99,7 +98,7 @@ def _multiply_centres(
     SPLIT: tl.constexpr,
 ):
     """``q . mu`` times the logit scale, of GROUPS groups: mean float32 ``[group, stride]``."""
-    head = tl.arange(0, MOST_HEADS)
+    head = tl.arange(0, MAX_HEADS)
     channel = tl.arange(0, BLOCK_D)
     group = first_group + tl.arange(0, GROUPS)
     centre = tl.load(
@@ -163,7 +162,7 @@ def query_kernel(
     h = kv_row % num_kv_heads
     b = kv_row // num_kv_heads
     query_ptr += b * stride_b + (h * G + block * HEADS) * stride_h + t * stride_t
-    head = tl.arange(0, MOST_HEADS)
+    head = tl.arange(0, MAX_HEADS)
     channel = tl.arange(0, BLOCK_D)
     num_heads = tl.minimum(G - block * HEADS, HEADS)
     channel_blocks: tl.constexpr = (D + OUT - 1) // OUT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,33 +10,16 @@ from torch import Tensor
 
 from fierpatch.index import RotatedIndex
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.constants import LOG2_E
+from fierpatch.kernels.constants import MAX_HEADS
 from fierpatch.kernels.early import can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
+from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.query import query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
-from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, MAX_HEADS, Scratch, Shape
+from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, Scratch, Shape
 from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
 
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
-
-
-@dataclass(frozen=True)
-class Logits:
-    """How scores become logits.
-
-    Args:
-        scale: multiplies ``q . k``.
-        softcap: where positive, caps the logits as in Gemma 2.
-    """
-
-    scale: float
-    softcap: float = 0.0
-
-    @property
-    def factor(self) -> float:
-        """What kernels multiply scores by: to units of log2, or of the cap."""
-        return self.scale / self.softcap if self.softcap > 0 else self.scale * LOG2_E.value
 
 
 def score(
@@ -62,7 +44,7 @@ def score(
     grid = (shape.tiles, shape.score_rows, shape.head_blocks)
     outputs = (scratch.weight, scratch.most, scratch.sum, scratch.count, scratch.high)
     sizes = (shape.num_kv_heads, shape.num_queries, shape.tiles)
-    has_mask, has_cap = visible is not None, logits.softcap > 0
+    has_mask, has_cap = visible is not None, logits.has_cap
     if isinstance(shape.index, RotatedIndex):
         planes, scale, centre, balance, rotation = state
         is_early = can_start_early(query.device)
@@ -118,17 +100,25 @@ def select(
     return token_indices
 
 
-@cache
-def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Specialization:
-    """Of `query_kernel`."""
+def _head_constants(shape: Shape) -> dict[str, int]:
+    """What the query transform and the scores of the rotated index share."""
     head_dim = shape.index.head_dim
-    constants = {
+    return {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "G": shape.num_groups,
         "HEADS": shape.heads,
         "BLOCKS": shape.head_blocks,
         "GROUP": shape.index.group_size,
+    }
+
+
+@cache
+def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Specialization:
+    """Of `query_kernel`."""
+    head_dim = shape.index.head_dim
+    constants = {
+        **_head_constants(shape),
         "OUT": CHANNELS_AT_ONCE,
         "GROUPS": GROUPS_AT_ONCE,
         "NORM": rotation_norm(head_dim),
@@ -148,13 +138,8 @@ def rotated_scores_specialization(
     head_dim = shape.index.head_dim
     channel_blocks = triton.cdiv(head_dim, CHANNELS_AT_ONCE)
     constants = {
-        "D": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "G": shape.num_groups,
-        "HEADS": shape.heads,
-        "BLOCKS": shape.head_blocks,
+        **_head_constants(shape),
         "BITS": shape.index.bits,
-        "GROUP": shape.index.group_size,
         "CHANNEL_BLOCKS": channel_blocks,
         "BLOCK_C": triton.next_power_of_2(channel_blocks),
         "LISTS": shape.num_lists // shape.num_kv_heads,
@@ -177,7 +162,7 @@ def fier_scores_specialization(
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "G": shape.num_groups,
-        "HEADS": MAX_HEADS,  # the matrix units want 8 columns
+        "HEADS": MAX_HEADS.value,  # the matrix units want 8 columns
         "GROUP": shape.index.group_size,
         "LISTS": shape.num_lists // shape.num_kv_heads,
         "HAS_MASK": has_mask,

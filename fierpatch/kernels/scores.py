@@ -10,18 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import EXPONENTS, LOG2_E, ROWS, TILE_SIZE
+from fierpatch.kernels.constants import EXPONENTS, ROWS, TILE_SIZE
 from fierpatch.kernels.early import await_previous
+from fierpatch.kernels.logits import cap
 from fierpatch.kernels.query import load_query
-
-
-@triton.jit
-def cap(logit, softcap):
-    """``softcap * tanh(logit)`` in units of log2, where the logit is already over softcap."""
-    # tanh by exp2, which the interpreter has too; its error is of float32's order.
-    grown = tl.exp2(tl.abs(logit) * (2 * LOG2_E))
-    magnitude = 1.0 - 2.0 / (grown + 1.0)
-    return tl.where(logit < 0, -magnitude, magnitude) * (softcap * LOG2_E)
 
 
 @triton.jit

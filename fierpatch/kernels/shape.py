@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fierpatch.index import KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
-from fierpatch.kernels.constants import EXPONENTS, MANTISSAS
+from fierpatch.kernels.constants import EXPONENTS, MANTISSAS, MAX_HEADS
 
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
 GROUPS_AT_ONCE = 64  # whose centres a program multiplies with the query
-MAX_HEADS = 8  # query heads a program scores
 _BLOCK = 2048  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
 _MAX_PROGRAMS = 528  # of the selection, four for each of 132 multiprocessors
@@ -75,7 +74,7 @@ class Shape:
     @cached_property
     def heads(self) -> int:
         """Query heads of one group that a program scores: 4, whose bytes fill 8 columns, or 8."""
-        return 4 if self.num_groups <= 4 else MAX_HEADS
+        return 4 if self.num_groups <= 4 else MAX_HEADS.value
 
     @cached_property
     def head_blocks(self) -> int:
@@ -139,18 +138,19 @@ class Scratch:
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        head_dim, slots = shape.index.head_dim, shape.score_rows * shape.head_blocks * shape.heads
-        tokens = shape.tiles * TILE_SIZE
+        head_dim, tokens = shape.index.head_dim, shape.tiles * TILE_SIZE
         groups = tokens // shape.index.group_size
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=device)
 
-        is_rotated = isinstance(shape.index, RotatedIndex)
-        self.operand = empty(slots * 2 * head_dim if is_rotated else 0, dtype=torch.int8)
+        # Only the rotated index has its query prepared.
+        slots = shape.score_rows * shape.head_blocks * shape.heads
+        slots = slots if isinstance(shape.index, RotatedIndex) else 0
+        self.operand = empty(slots * 2 * head_dim, dtype=torch.int8)
         self.total = empty(slots * triton.cdiv(head_dim, CHANNELS_AT_ONCE), dtype=torch.int32)
         self.unit = empty(slots)
-        self.mean = empty(groups * slots if is_rotated else 0)
+        self.mean = empty(groups * slots)
         self.weight = empty(shape.score_rows, tokens, shape.num_groups, dtype=torch.int16)
         self.most = empty(shape.score_rows, shape.tiles, shape.num_groups)
         self.sum = torch.empty_like(self.most)

@@ -16,11 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import EXPONENTS, LOG2_E, MANTISSAS, TILE_SIZE
+from fierpatch.kernels.constants import EXPONENTS, LOG2_E, MANTISSA_BITS, MANTISSAS, TILE_SIZE
 from fierpatch.kernels.scores import weight_of
 
-ALWAYS = tl.constexpr((1 << 14) - 1)
-SMALLEST = tl.constexpr((127 - 63) << 8)  # the key of 2 ** -63 before it is moved to 0
+ALWAYS = tl.constexpr(EXPONENTS.value * MANTISSAS.value - 1)
+# The key of 2 ** (1 - EXPONENTS) before it is moved to 0; 127 is the exponent of 1 in float32.
+SMALLEST = tl.constexpr((128 - EXPONENTS.value) * MANTISSAS.value)
 
 
 @triton.jit
@@ -175,12 +176,12 @@ def key_kernel(
             before += tl.sum(is_visible.to(tl.int32), axis=0)
         else:
             rank = token + 1
-        key = (priority.to(tl.int32, bitcast=True) >> 15) - SMALLEST
+        key = (priority.to(tl.int32, bitcast=True) >> (23 - MANTISSA_BITS)) - SMALLEST
         key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
         key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
         key = tl.where(is_visible, key, 0)
         tl.store(key_ptr + token, key.to(tl.int16), mask=token < length)
-        bins += tl.histogram(key >> 8, EXPONENTS, mask=key > 0)
+        bins += tl.histogram(key >> MANTISSA_BITS, EXPONENTS, mask=key > 0)
     tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
 
 
@@ -223,12 +224,12 @@ def low_kernel(
         next_token = (block + 1) * BLOCK + tl.arange(0, BLOCK)
         following = tl.where(block + 1 < chunk * blocks + blocks, length, 0)
         next_key = _load_key(key_ptr, next_token, following)
-        is_over = (key > 0) & ((key >> 8) > high)
-        is_equal = (key > 0) & ((key >> 8) == high)
+        is_over = (key > 0) & ((key >> MANTISSA_BITS) > high)
+        is_equal = (key > 0) & ((key >> MANTISSA_BITS) == high)
         # One sum counts both.
         both = tl.sum(is_over.to(tl.int32) + is_equal.to(tl.int32) * 65536, axis=0)
         over += both & 65535
-        low = key & 255
+        low = key & (MANTISSAS - 1)
         # Few keys share the exponent as a rule, and those are counted one by one.
         if (both >> 16) > BLOCK // 8:
             bins = tl.histogram(low, MANTISSAS, mask=is_equal)

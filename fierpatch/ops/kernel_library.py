@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
+from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
-from fierpatch.ops.library import index_like, retrieve_fake
+from fierpatch.ops.library import attend_fake, index_like, retrieve_fake
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -81,7 +82,7 @@ def _retrieve(
     key_index = index_like(index, bits, group_size, seed, query)
     shape = Shape.of(key_index, query, state[0], budget=budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
-    logits = retrieve.Logits(scale, softcap)
+    logits = Logits(scale, softcap)
     retrieve.score(shape, scratch, query, state, counters, logits, visible)
     return retrieve.select(
         shape, scratch, counters, sinks=sinks, recent=recent,
@@ -107,21 +108,6 @@ def _attend(
     )  # fmt: skip
 
 
-def _attend_fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token_indices: Tensor,
-    counters: Tensor,
-    arrivals: Tensor,
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    batch_size, num_query_heads, num_queries, _ = query.shape
-    return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
-
-
 def _attend_all(
     query: Tensor,
     keys: Tensor,
@@ -140,26 +126,11 @@ def _attend_all(
     )  # fmt: skip
 
 
-def _attend_all_fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counters: Tensor,
-    arrivals: Tensor,
-    visible: Tensor | None,
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    batch_size, num_query_heads, num_queries, _ = query.shape
-    return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
-
-
 _LIBRARY.impl("triton_append", _append, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
-torch.library.register_fake("fierpatch::triton_attend_all", _attend_all_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)

@@ -14,6 +14,7 @@ from fierpatch.index import KeyIndex
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
+from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibrate_prompt
 from fierpatch.ops.operators import index_arguments, layer_index
@@ -167,19 +168,16 @@ class KernelOperators:
             return output, token_indices
         shape = self._shape_of(query, state[0])
         scratch = self.workspace.scratch_of(shape, query.device)
-        logits = retrieve.Logits(scale, softcap)
+        logits = Logits(scale, softcap)
         retrieve.score(shape, scratch, query, state, counters, logits, visible)
         token_indices = retrieve.select(
             shape, scratch, counters, sinks=config.sinks, recent=config.recent,
             sink_logits=sink_logits, has_mask=visible is not None,
         )  # fmt: skip
-        splits = attention.num_splits(shape.rows, shape.width)
-        heads = query.shape[1] // shape.num_lists
-        size = attention.partial_size(shape.rows, splits, heads, values.shape[3])
         output = attention.gather_attention(
             query, keys, values, token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
-            partial=self.workspace.partial_of(size, query.device),
+            allocate=self._allocate,
         )  # fmt: skip
         return output, token_indices
 
@@ -200,15 +198,15 @@ class KernelOperators:
                 query, keys, values, counters, self.arrivals, visible, sink_logits, scale, softcap
             )
             return output
-        rows = query.shape[0] * keys.shape[1] * query.shape[2]
-        splits = attention.num_dense_splits(rows, keys.shape[2])
-        heads = query.shape[1] // keys.shape[1]
-        size = attention.partial_size(rows, splits, heads, values.shape[3])
         return attention.dense_attention(
             query, keys, values, counters, visible, scale=scale, softcap=softcap,
             sink_logits=sink_logits, arrivals=self.arrivals,
-            partial=self.workspace.partial_of(size, query.device),
+            allocate=self._allocate,
         )  # fmt: skip
+
+    def _allocate(self, size: int) -> Tensor:
+        """Room for what the programs of an attention write for each other."""
+        return self.workspace.partial_of(size, self.arrivals.device)
 
     def _shape_of(self, query: Tensor, planes: Tensor) -> Shape:
         """The shape of a retrieval, the last one again where nothing has changed."""

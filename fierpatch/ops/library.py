@@ -7,12 +7,15 @@ at the last calibration, and a number that only kernels use.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fierpatch import reference
 from fierpatch.errors import CapacityError
 from fierpatch.index import KeyIndex, make_index
+from fierpatch.index.packing import TILE_SIZE
 from fierpatch.reference import fold_groups, gather_attention
 
 _MAX_CALIBRATION_QUERIES = 256
@@ -121,7 +124,7 @@ def _retrieve(
         sink_logits=sink_logits,
         visible=None if visible is None else visible[..., :length],
     )
-    width = min(budget, state[0].shape[2] * 512)
+    width = min(budget, state[0].shape[2] * TILE_SIZE)
     missing = width - token_indices.shape[3]
     return torch.nn.functional.pad(token_indices, (0, missing), value=-1)
 
@@ -145,7 +148,7 @@ def retrieve_fake(
 ) -> Tensor:
     """What `_retrieve` returns, without the numbers."""
     num_lists = query.shape[1] if per_query_head else state[0].shape[1]
-    width = min(budget, state[0].shape[2] * 512)
+    width = min(budget, state[0].shape[2] * TILE_SIZE)
     return query.new_empty((query.shape[0], num_lists, query.shape[2], width), dtype=torch.int64)
 
 
@@ -171,15 +174,8 @@ def _attend(
     return output.transpose(1, 2).contiguous()
 
 
-def _attend_fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token_indices: Tensor,
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
+def attend_fake(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    """What attention returns, ``[B, T, Hq, Dv]``, without the numbers."""
     batch_size, num_query_heads, num_queries, _ = query.shape
     return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
 
@@ -229,7 +225,7 @@ _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::index_prompt", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::retrieve", retrieve_fake, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::attend", attend_fake, lib=_LIBRARY)
 
 
 def index_like(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:

@@ -29,6 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.kernels import append, attention, launch, retrieve
 from fierpatch.kernels import shape as sizes
+from fierpatch.kernels.logits import Logits
 from kernels.tensors import LAYOUTS, lay_out
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def decode(
     visible = None
     if has_mask:
         visible = zeros(batch_size, 1, num_queries, length, dtype=torch.bool)
-    logits = retrieve.Logits(scale, softcap)
+    logits = Logits(scale, softcap)
     retrieve.score(shape, scratch, query, state, counters, logits, visible)
     token_indices = retrieve.select(
         shape, scratch, counters, sinks=length % 5, recent=length % 17,

@@ -151,6 +151,7 @@ class Step:
 
     def score(self) -> None:
         from fierpatch.kernels import retrieve
+        from fierpatch.kernels.logits import Logits
 
         case = self.case
         axes = case.shape
@@ -164,7 +165,7 @@ class Step:
             lay_out(self.query.to(self.device), case.layout),
             [tensor.to(self.device) for tensor in self.state],
             self.counters,
-            retrieve.Logits(case.scale, case.softcap),
+            Logits(case.scale, case.softcap),
             visible,
         )
 

@@ -52,7 +52,7 @@ def test_splits_may_share_scratch_that_held_other_numbers() -> None:
     fresh = attention.gather_attention(query, keys, keys, lists, scale=0.1)
     for _ in range(2):
         again = attention.gather_attention(
-            query, keys, keys, lists, scale=0.1, arrivals=arrivals, partial=partial
+            query, keys, keys, lists, scale=0.1, arrivals=arrivals, allocate=lambda size: partial
         )
         assert torch.equal(fresh, again)
         assert (arrivals == 0).all()

@@ -29,6 +29,7 @@ class Kernel:
     """Stands for a ``triton.jit`` function; remembers what it is asked to compile."""
 
     def __init__(self) -> None:
+        self.arg_names = ["pointer", "number", *CONSTANTS]
         self.first: list[Any] = []
         self.compiled: list[Compiled] = []
 
@@ -68,7 +69,9 @@ def kernel() -> Kernel:
 
 @pytest.fixture
 def specialization(kernel: Kernel) -> launch.Specialization:
-    return launch.Specialization(kernel, CONSTANTS, num_warps=4, num_stages=1)
+    # In another order than the kernel's, which is the one that counts.
+    constants = dict(reversed(CONSTANTS.items()))
+    return launch.Specialization(kernel, constants, num_warps=4, num_stages=1)
 
 
 def test_launches_after_the_first_pass_everything_by_position(
