@@ -84,6 +84,14 @@ class LayerCache:
         """Rows of the batch, or -1 before the first update."""
         return self.keys.shape[0] if self.is_allocated else -1
 
+    def configure(self, config: FierConfig) -> None:
+        """Retrieve by these settings from now on; the index's own have to stay the same."""
+        self.config, self.operators = config, ReferenceOperators(config)
+        if self.is_allocated:
+            with torch.inference_mode(False):
+                self.operators = self._shared.operators(config, self.keys, self.values)
+            self._settle()
+
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return the keys and values to attend over.
 

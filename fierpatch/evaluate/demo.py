@@ -120,12 +120,12 @@ class Reading:
             settings = settings.replace(recent=settings.budget - settings.sinks)
         stores = self._cache.stores.values()
         for store in stores:
-            store.config = settings
+            store.configure(settings)
         try:
             yield
         finally:
             for store in stores:
-                store.config = self._handle.config
+                store.configure(self._handle.config)
 
     def _tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([token_ids], device=self._handle.model.device)
