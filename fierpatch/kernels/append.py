@@ -15,6 +15,7 @@ from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import ROWS, TILE_SIZE
+from fierpatch.kernels.early import can_start_early, start_next
 from fierpatch.kernels.launch import Specialization, as_rows
 from fierpatch.kernels.quantize import quantize_fier, quantize_rotated, quantize_rotated_one
 
@@ -134,11 +135,14 @@ def append_kernel(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Store tokens at the counter, index what is not indexed yet, move the counter on.
 
     The program that arrives last moves it, when all others have read it. Tokens past the capacity
     are not written, and the counter says so.
+
+    `query_kernel` may start beside it when it changes one token's codes and no centre.
     """
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -168,6 +172,8 @@ def append_kernel(
         and (stored + 1) % GROUP != 0
     ):
         # The usual step. Nothing that it reads depends on what it stores.
+        if stored % GROUP != 0:
+            start_next(IS_EARLY)
         quantize_rotated_one(
             key_ptr,
             planes_ptr + row * tiles * (BITS * ROWS * D),
@@ -266,7 +272,8 @@ def append(
         parts = 1 if num_new == 1 else triton.cdiv(num_new, TOKENS_PER_TILE) + 1
     grid = (parts, batch_size * num_heads, 1)
     tensors, tiles = _tensors(state), state[0].shape[2] if state else 0
-    append_specialization(index, head_dim, value.shape[3], key.dtype).launch(
+    is_early = isinstance(index, RotatedIndex) and can_start_early(key.device)
+    append_specialization(index, head_dim, value.shape[3], key.dtype, is_early).launch(
         grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
         *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
@@ -303,7 +310,11 @@ def _tensors(state: list[Tensor]) -> tuple[Tensor | None, ...]:
 
 @cache
 def append_specialization(
-    index: KeyIndex | None, head_dim: int, value_head_dim: int, dtype: torch.dtype
+    index: KeyIndex | None,
+    head_dim: int,
+    value_head_dim: int,
+    dtype: torch.dtype,
+    is_early: bool,
 ) -> Specialization:
     """Of `append_kernel`."""
     constants = {
@@ -311,6 +322,7 @@ def append_specialization(
         "DV": value_head_dim,
         "BLOCK_DV": triton.next_power_of_2(value_head_dim),
         "BLOCK_T": _STORE_BLOCK if index is None else _INDEX_BLOCK,
+        "IS_EARLY": is_early,
     }
     return Specialization(append_kernel, constants, num_warps=8)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fierpatch.kernels.constants import MAX_HEADS, TILE_SIZE
-from fierpatch.kernels.early import start_next
+from fierpatch.kernels.early import await_previous, start_next
 
 # The largest magnitude a channel takes: the high byte then stays within 127.
 LEVELS = tl.constexpr(32512.0)
@@ -17,7 +17,7 @@ def load_query(query_ptr, head, channel, num_heads, stride_h, D: tl.constexpr):
     """Query heads of one group and position as float32 ``[heads, channels]``."""
     mask = (head < num_heads)[:, None] & (channel < D)[None, :]
     address = query_ptr + head.to(tl.int64)[:, None] * stride_h + channel[None, :]
-    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(address, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
 
 
 @triton.jit
@@ -105,6 +105,7 @@ def _multiply_centres(
         centre_ptr + group[:, None] * D + channel[None, :],
         mask=(group < num_groups)[:, None] & (channel < D)[None, :],
         other=0.0,
+        cache_modifier=".cg",
     )
     # By a power of two, the largest then in 1 .. 2: float16 holds bfloat16 and float16 so.
     peak = tl.maximum(tl.max(tl.abs(query), axis=1), 2.0**-100)
@@ -152,6 +153,9 @@ def query_kernel(
     """Two tasks by program: rotate some channels, or ``q . mu`` of some groups.
 
     Writes what `_rotate` and `_multiply_centres` say; mean is float32 ``[r, groups, n, HEADS]``.
+
+    Starts beside `append_kernel` when that changes nothing that is read here but the length, by 1,
+    which is of no consequence: the token is of a group that was open.
     """
     start_next(IS_EARLY)
     task = tl.program_id(0)
@@ -173,14 +177,16 @@ def query_kernel(
             mask=(channel < D)[:, None] & (out < D)[None, :],
             other=0,
         )
-        balance = tl.load(balance_ptr + kv_row * D + channel, mask=channel < D, other=1.0)
+        balance = tl.load(
+            balance_ptr + kv_row * D + channel, mask=channel < D, other=1.0, cache_modifier=".cg"
+        )
         query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
         _rotate(
             query, balance, matrix, operand_ptr, total_ptr, unit_ptr,
             (row * BLOCKS + block) * HEADS, task, logit_scale, D, HEADS, OUT, NORM,
         )  # fmt: skip
     else:
-        length = tl.load(counters_ptr).to(tl.int32)
+        length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
         first_group = (task - channel_blocks) * GROUPS
         num_groups = tl.cdiv(length, GROUP)
         if first_group < num_groups:
@@ -192,3 +198,5 @@ def query_kernel(
                 first_group, num_groups, BLOCKS * HEADS, logit_scale,
                 D, BLOCK_D, HEADS, GROUPS, SPLIT,
             )  # fmt: skip
+    # What waits for this kernel waits for the one before it too.
+    await_previous(IS_EARLY)

@@ -126,7 +126,7 @@ def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Sp
         "IS_EARLY": is_early,
     }
     num_warps = 2 if head_dim <= 128 else 4
-    return Specialization(query_kernel, constants, num_warps=num_warps)
+    return Specialization(query_kernel, constants, num_warps=num_warps, is_early=is_early)
 
 
 @cache

@@ -213,7 +213,8 @@ def rotated_scores_kernel(
     `weight_of`) and with a mask count int32 ``[b, t, tile]``. Clears high, in which the selection
     counts.
 
-    Starts beside `query_kernel`, and asks for its planes before it waits for the query.
+    Starts beside `query_kernel`, and asks for its planes before it waits for the query. Where
+    `append_kernel` is not done either, the newest token may not be counted or coded yet.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -221,10 +222,8 @@ def rotated_scores_kernel(
     t = row % num_queries
     kv_row = row // num_queries
     length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
-    if tile * TILE_SIZE >= length:
+    if tile * TILE_SIZE >= (length + 1 if IS_EARLY else length):
         return
-    if not HAS_MASK:
-        length -= (num_queries - 1 - t).to(tl.int32)
     heads_in_all: tl.constexpr = BLOCKS * HEADS
     groups_per_tile: tl.constexpr = TILE_SIZE // GROUP
     r = tl.arange(0, ROWS)
@@ -242,10 +241,24 @@ def rotated_scores_kernel(
             words_ptr + ROWS * D, mask=inside[None, :], other=0, cache_modifier=".cg"
         )
     token = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
-    scale = tl.load(scale_ptr + kv_row * tiles * TILE_SIZE + token, cache_modifier=".cg")
+    scale_ptr += kv_row * tiles * TILE_SIZE
+    scale = tl.load(scale_ptr + token, cache_modifier=".cg")
     if (tile == 0) and (block == 0):
         _clear_tallies(high_ptr, kv_row, t, num_queries, LISTS)
     await_previous(IS_EARLY)
+    if IS_EARLY:
+        # A branch here would take the words out of their registers.
+        is_newest = tile * TILE_SIZE + TILE_SIZE >= length
+        again = inside[None, :] & is_newest
+        words = tl.load(words_ptr, mask=again, other=words, cache_modifier=".cg")
+        if BITS == 2:
+            low_words = tl.load(
+                words_ptr + ROWS * D, mask=again, other=low_words, cache_modifier=".cg"
+            )
+        scale = tl.load(scale_ptr + token, mask=is_newest, other=scale, cache_modifier=".cg")
+        length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
+    if not HAS_MASK:
+        length -= (num_queries - 1 - t).to(tl.int32)
     operand = tl.load(
         operand_ptr + slot * 2 * D + column[None, :] * D + channel[:, None],
         mask=inside[:, None],

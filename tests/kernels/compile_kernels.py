@@ -127,7 +127,8 @@ def decode(
 def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
     """Every kernel once with each set of constants, by a name that says which."""
     launches = record()
-    retrieve.can_start_early = lambda device: arch >= 90  # type: ignore[assignment]
+    for module in (append, retrieve):
+        module.can_start_early = lambda device: arch >= 90  # type: ignore[assignment]
     bf16 = torch.bfloat16
     attend, score_rotated = "gather_attention_kernel", "rotated_scores_kernel"
     score_fier = "fier_scores_kernel"
