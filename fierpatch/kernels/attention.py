@@ -14,8 +14,29 @@ from fierpatch.kernels.constants import LOG2_E
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.logits import Logits, cap
 
+_SLICE = 32  # channels of a float32 product that are added up one after the other
 _MAX_SPLITS = 16
 _MAX_DENSE_SPLITS = 64
+
+
+@triton.jit
+def _slices(x, SLICES: tl.constexpr):
+    """``[M, D]`` as ``[SLICES, M, D / SLICES]``."""
+    parts = tl.reshape(x, [x.shape[0], SLICES, x.shape[1] // SLICES])
+    return tl.permute(parts, (1, 0, 2))
+
+
+@triton.jit
+def _products(query, keys, SLICES: tl.constexpr, PRECISION: tl.constexpr):
+    """``query [H, D] . keys [N, D]`` as float32 ``[H, N]``.
+
+    A sum of many terms one after the other errs by more than sums of a few, added up at the end.
+    """
+    if SLICES == 1:
+        return tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    else:
+        turned = tl.permute(_slices(keys, SLICES), (0, 2, 1))
+        return tl.sum(tl.dot(_slices(query, SLICES), turned, input_precision=PRECISION), axis=0)
 
 
 @triton.jit(
@@ -33,7 +54,8 @@ def gather_attention_kernel(
     sink_ptr,
     counters_ptr,
     partial_ptr,
-    log_sum_ptr,
+    most_ptr,
+    total_ptr,
     arrivals_ptr,
     output_ptr,
     stride_b: tl.int64,
@@ -57,6 +79,7 @@ def gather_attention_kernel(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_LIST: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -68,9 +91,11 @@ def gather_attention_kernel(
 
     Without a list, over one split of all tokens stored that the mask, or causality, allows.
 
-    The softmax is online (Milakov and Gimelshein, arXiv 1805.02867), in units of log2.
-    partial is float32 ``[row, split, HEADS, DV]``, log_sum float32 ``[row, split, HEADS]``, output
-    ``[B, T, Hq, DV]``. arrivals int32 ``[rows]`` is 0 before and after.
+    The softmax is online (Milakov and Gimelshein, arXiv 1805.02867). Its logits turn into units of
+    log2 as differences to the largest, which are near 0 where the weight is not.
+    A split leaves partial float32 ``[row, split, HEADS, DV]``, and most and total float32 ``[row,
+    split, HEADS]``, the largest logit and the sum of the weights relative to it. output is ``[B, T,
+    Hq, DV]``. arrivals int32 ``[rows]`` is 0 before and after.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -122,24 +147,23 @@ def gather_attention_kernel(
             mask=is_used[:, None] & (value_channel < DV)[None, :],
             other=0.0,
         )
-        logit = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * logit_scale
+        logit = _products(query, keys, SLICES, PRECISION) * logit_scale
         if HAS_CAP:
             logit = cap(logit, softcap)
         logit = tl.where(is_used[None, :], logit, float("-inf"))
         larger = tl.maximum(most, tl.max(logit, axis=1))
         reference = tl.where(larger == float("-inf"), 0.0, larger)
-        weight = tl.exp2(logit - reference[:, None])
-        shrink = tl.exp2(most - reference)
+        weight = tl.exp2((logit - reference[:, None]) * LOG2_E)
+        shrink = tl.exp2((most - reference) * LOG2_E)
         total = total * shrink + tl.sum(weight, axis=1)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision=PRECISION)
         most = larger
-    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
-    log_sum = tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
     place = (row * SPLITS + split) * HEADS + head
     mask = (head < HEADS)[:, None] & (value_channel < DV)[None, :]
     tl.store(partial_ptr + place[:, None] * DV + value_channel[None, :], mixed, mask=mask)
-    tl.store(log_sum_ptr + place, log_sum, mask=head < HEADS)
+    tl.store(most_ptr + place, most, mask=head < HEADS)
+    tl.store(total_ptr + place, total, mask=head < HEADS)
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
@@ -155,22 +179,24 @@ def gather_attention_kernel(
             within = column < HEADS * DV
             head_of = tl.minimum(column // DV, HEADS - 1)
             # Past the first-level cache, which does not see what other programs write.
-            sums = tl.load(log_sum_ptr + splits * HEADS + head_of[None, :], cache_modifier=".cg")
+            sums = splits * HEADS + head_of[None, :]
+            mosts = tl.load(most_ptr + sums, cache_modifier=".cg")
+            totals = tl.load(total_ptr + sums, cache_modifier=".cg")
             parts = tl.load(
                 partial_ptr + splits * (HEADS * DV) + column[None, :],
                 mask=within[None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
-            peak = tl.max(sums, axis=0)
+            peak = tl.max(mosts, axis=0)
             if HAS_SINK:
-                sink = tl.load(sink_ptr + list_ * HEADS + head_of).to(tl.float32) * LOG2_E
+                sink = tl.load(sink_ptr + list_ * HEADS + head_of).to(tl.float32)
                 peak = tl.maximum(peak, sink)
             peak = tl.where(peak == float("-inf"), 0.0, peak)
-            shares = tl.exp2(sums - peak[None, :])
-            denominator = tl.sum(shares, axis=0)
+            shares = tl.exp2((mosts - peak[None, :]) * LOG2_E)
+            denominator = tl.sum(totals * shares, axis=0)
             if HAS_SINK:
-                denominator += tl.exp2(sink - peak)
+                denominator += tl.exp2((sink - peak) * LOG2_E)
             merged = tl.sum(parts * shares, axis=0) / tl.where(denominator > 0, denominator, 1.0)
             # More tokens than the cache holds cannot raise on the device, but must not pass.
             merged = tl.where(is_full, float("nan"), merged)
@@ -284,13 +310,15 @@ def _attend(
     if arrivals is None:
         arrivals = torch.zeros(num_rows, dtype=torch.int32, device=query.device)
     heads = num_heads // num_lists
-    # What the splits write for each other: outputs, then from an aligned address log-sums.
+    # What the splits write for each other, each from an aligned address.
     size = num_rows * splits * heads
-    outputs_size = -(-size * value_head_dim // 4) * 4
+    outputs_size, sums_size = _aligned_size(size * value_head_dim), _aligned_size(size)
+    num_floats = outputs_size + 2 * sums_size
     if allocate is None:
-        partial = query.new_empty(outputs_size + size, dtype=torch.float32)
+        room = query.new_empty(num_floats, dtype=torch.float32)
     else:
-        partial = allocate(outputs_size + size)
+        room = allocate(num_floats)
+    most, total = room[outputs_size:], room[outputs_size + sums_size :]
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
     logits = Logits(scale, softcap)
     attend_specialization(
@@ -300,11 +328,16 @@ def _attend(
     ).launch(
         (num_rows, splits, 1),
         query, keys, values, token_indices, visible, sink_logits, counters,
-        partial, partial[outputs_size:], arrivals, output,
+        room, most, total, arrivals, output,
         *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
         logits.factor, softcap,
     )  # fmt: skip
     return output
+
+
+def _aligned_size(size: int) -> int:
+    """So many float32 numbers, or a few more, that what follows them is 16-byte aligned."""
+    return -(-size // 4) * 4
 
 
 @cache
@@ -322,7 +355,7 @@ def attend_specialization(
     has_mask: bool,
 ) -> Specialization:
     """Of `gather_attention_kernel`."""
-    widest = max(head_dim, value_head_dim)
+    widest, is_float32 = max(head_dim, value_head_dim), dtype == torch.float32
     constants = {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -331,10 +364,11 @@ def attend_specialization(
         "HEADS": heads,
         "BLOCK_H": max(16, triton.next_power_of_2(heads)),
         "LISTS_PER_KV_HEAD": lists_per_kv_head,
-        "BLOCK_N": 16 if dtype == torch.float32 else 32 if widest > 128 else 64,
+        "BLOCK_N": 16 if is_float32 else 32 if widest > 128 else 64,
         "SPLITS": splits,
         "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "SLICES": max(triton.next_power_of_2(head_dim) // _SLICE, 1) if is_float32 else 1,
+        "PRECISION": "ieee" if is_float32 else "tf32",
         "HAS_LIST": has_list,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,

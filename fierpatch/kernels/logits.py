@@ -1,4 +1,4 @@
-"""How scores become logits in units of log2: what a launch passes, and what kernels do with it."""
+"""How scores become logits: what a launch passes, and what kernels do with it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,24 @@ class Logits:
 
     @property
     def factor(self) -> float:
-        """What kernels multiply scores by: to units of log2, or of the cap."""
-        return self.scale / self.softcap if self.has_cap else self.scale * LOG2_E.value
+        """What kernels multiply scores by: to logits, or to units of the cap."""
+        return self.scale / self.softcap if self.has_cap else self.scale
+
+    @property
+    def in_log2(self) -> Logits:
+        """The same in units of log2, so that ``exp2`` turns logits into weights."""
+        return Logits(self.scale * LOG2_E.value, self.softcap * LOG2_E.value)
 
 
 @triton.jit
 def cap(logit, softcap):
-    """``softcap * tanh(logit)`` in units of log2, where the logit is already over softcap."""
-    # tanh by exp2, which the interpreter has too; its error is of float32's order.
-    grown = tl.exp2(tl.abs(logit) * (2 * LOG2_E))
-    magnitude = 1.0 - 2.0 / (grown + 1.0)
-    return tl.where(logit < 0, -magnitude, magnitude) * (softcap * LOG2_E)
+    """``softcap * tanh(logit)``, where the logit is already over softcap."""
+    # tanh by exp2, which the interpreter has too. Where that cancels, a polynomial for
+    # (tanh(x) / x - 1) / x ** 2, fitted for the least relative error: within 2 of float32's eps.
+    x = tl.abs(logit)
+    grown = tl.exp2(x * (2 * LOG2_E))
+    square = x * x
+    series = (0.02065056 - 0.00571701 * square) * square - 0.05374349
+    series = (series * square + 0.13331491) * square - 0.33333284
+    magnitude = tl.where(x < 0.625, x + x * (series * square), 1.0 - 2.0 / (grown + 1.0))
+    return tl.where(logit < 0, -magnitude, magnitude) * softcap

@@ -39,7 +39,7 @@ def score(
         counters: int64 ``[4]``; the first is the number of tokens stored.
         visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
     """
-    query = as_rows(query)
+    query, logits = as_rows(query), logits.in_log2
     visible, strides = as_mask(visible)
     grid = (shape.tiles, shape.score_rows, shape.head_blocks)
     outputs = (scratch.weight, scratch.most, scratch.sum, scratch.count, scratch.high)

@@ -72,7 +72,7 @@ def gathers(
         width=draw(st.sampled_from(widths)),
         fill=draw(st.sampled_from((0.0, 0.1, 0.8, 1.0))),
         per_query_head=shape.num_groups <= 4 and draw(st.booleans()),
-        softcap=draw(st.sampled_from((0.0, 0.0, 5.0))),
+        softcap=draw(st.sampled_from((0.0, 0.0, 5.0, 50.0))),
         has_sink=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
         layout=draw(st.sampled_from(LAYOUTS)),

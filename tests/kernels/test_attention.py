@@ -22,6 +22,8 @@ CPU = torch.device("cpu")
 @example(Gather(Shape(1, 2, 17, 1, 300, 256, 48), width=65, dtype=torch.float16))
 @example(Gather(Shape(1, 1, 1, 1, 1, 64, 64), width=1, fill=1.0))
 @example(Gather(Shape(2, 1, 8, 3, 200, 96, 96), width=257, fill=0.02, layout="transposed"))
+@example(Gather(Shape(1, 1, 4, 1, 324, 256, 48), width=63, fill=0.1, has_sink=True, seed=1273))
+@example(Gather(Shape(1, 2, 2, 1, 300, 64, 64), width=130, softcap=50.0))
 def test_attention_is_as_near_to_float64_as_eager_code(case: Gather) -> None:
     check_gather(case, CPU)
 
