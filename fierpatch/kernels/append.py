@@ -17,7 +17,13 @@ from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import ROWS, TILE_SIZE
 from fierpatch.kernels.early import can_start_early, start_next
 from fierpatch.kernels.launch import Specialization, as_rows
-from fierpatch.kernels.quantize import quantize_fier, quantize_rotated, quantize_rotated_one
+from fierpatch.kernels.quantize import (
+    encode,
+    load_factors,
+    multiply_factors,
+    quantize_fier,
+    quantize_rotated,
+)
 
 _STORE_BLOCK = 64  # tokens a program stores of a prompt
 _INDEX_BLOCK = 8  # tokens stored at once before they are indexed
@@ -54,6 +60,84 @@ def _store(
         rows,
         mask=kept[:, None] & inside,
     )
+
+
+@triton.jit
+def _arrive(counters_ptr):
+    """How many programs came here before; all threads of this one have read the counters."""
+    tl.debug_barrier()
+    # Nothing but the counters passes between programs.
+    return tl.atomic_add(counters_ptr + 3, 1, sem="relaxed")
+
+
+@triton.jit
+def _append_one(
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    planes_ptr,
+    scale_ptr,
+    centre_ptr,
+    balance_ptr,
+    rotation_ptr,
+    counters_ptr,
+    token,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_ONE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Store and quantise, as `quantize_rotated` does, one token that leaves its group open.
+
+    Nothing that is read depends on what is written, so all of it is asked for first, and memory is
+    waited for once: also for how many programs have arrived, which is returned.
+    """
+    channel = tl.arange(0, BLOCK_D)
+    value_channel = tl.arange(0, BLOCK_DV)
+    inside = channel < D
+    tile = token // TILE_SIZE
+    place = token - tile * TILE_SIZE
+    mark = 1 << (place // ROWS)
+    group = token // GROUP
+    has_centre = group > 0
+    source_ptr = centre_ptr + tl.maximum(group - 1, 0) * D
+    word_ptr = planes_ptr + tile * (BITS * ROWS * D) + place % ROWS * D + channel
+    row = tl.load(key_ptr + channel, mask=inside, other=0.0)
+    value = tl.load(value_ptr + value_channel, mask=value_channel < DV, other=0.0)
+    word = tl.load(word_ptr, mask=inside, other=0).to(tl.int32)
+    if BITS == 2:
+        low_word = tl.load(word_ptr + ROWS * D, mask=inside, other=0).to(tl.int32)
+    source = tl.load(source_ptr + channel, mask=inside & has_centre, other=0.0)
+    key, centre, balance, matrix = load_factors(
+        key_ptr, source_ptr, has_centre, balance_ptr, rotation_ptr, 0, D, BLOCK_D, BLOCK_ONE
+    )
+    arrived = _arrive(counters_ptr)
+    tl.store(keys_ptr + token.to(tl.int64) * D + channel, row, mask=inside)
+    tl.store(values_ptr + token.to(tl.int64) * DV + value_channel, value, mask=value_channel < DV)
+    tl.store(centre_ptr + group * D + channel, source, mask=inside)
+    total = multiply_factors(key, centre, balance, matrix)
+    for first in range(BLOCK_ONE, D, BLOCK_ONE):
+        key, centre, balance, matrix = load_factors(
+            key_ptr, source_ptr, has_centre, balance_ptr, rotation_ptr, first,
+            D, BLOCK_D, BLOCK_ONE,
+        )  # fmt: skip
+        total += multiply_factors(key, centre, balance, matrix)
+    x = (tl.sum(total, axis=0) * NORM).to(tl.float32)
+    high, low, scale = encode(x[None, :], D, BITS, THRESHOLD)
+    high = tl.reshape(high.to(tl.int32), [BLOCK_D]) * mark
+    tl.store(word_ptr, ((word & (mark ^ 0xFFFF)) | high).to(tl.int16), mask=inside)
+    if BITS == 2:
+        low = tl.reshape(low.to(tl.int32), [BLOCK_D]) * mark
+        low_word = (low_word & (mark ^ 0xFFFF)) | low
+        tl.store(word_ptr + ROWS * D, low_word.to(tl.int16), mask=inside)
+    tl.store(scale_ptr + token + tl.arange(0, 1), scale)
+    return arrived
 
 
 @triton.jit
@@ -164,6 +248,7 @@ def append_kernel(
             value_ptr, values_ptr, value_stride_t, first, num_new, stored, capacity,
             DV, BLOCK_DV, BLOCK_T,
         )  # fmt: skip
+        arrived = _arrive(counters_ptr)
     elif (
         INDEX == 1
         and num_new == 1
@@ -171,19 +256,17 @@ def append_kernel(
         and stored < capacity
         and (stored + 1) % GROUP != 0
     ):
-        # The usual step. Nothing that it reads depends on what it stores.
+        # The usual step.
         if stored % GROUP != 0:
             start_next(IS_EARLY)
-        quantize_rotated_one(
-            key_ptr,
+        arrived = _append_one(
+            key_ptr, value_ptr, keys_ptr, values_ptr,
             planes_ptr + row * tiles * (BITS * ROWS * D),
             scale_ptr + row * tiles * TILE_SIZE,
             third_ptr + row * tiles * (TILE_SIZE // GROUP * D),
-            balance_ptr + row * D, rotation_ptr, stored,
-            D, BLOCK_D, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
+            balance_ptr + row * D, rotation_ptr, counters_ptr, stored,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
         )  # fmt: skip
-        _store(key_ptr, keys_ptr, key_stride_t, 0, 1, stored, capacity, D, BLOCK_D, 1)
-        _store(value_ptr, values_ptr, value_stride_t, 0, 1, stored, capacity, DV, BLOCK_DV, 1)
     else:
         # Every program of a head stores all of its new tokens: each may quantise any of them.
         for first in range(0, num_new, BLOCK_T):
@@ -204,9 +287,7 @@ def append_kernel(
                 row, tiles, tile, start, stop,
                 INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, True,
             )  # fmt: skip
-    tl.debug_barrier()
-    # Nothing but the counters passes between programs, and those were read above.
-    arrived = tl.atomic_add(counters_ptr + 3, 1, sem="relaxed")
+        arrived = _arrive(counters_ptr)
     if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
         tl.store(counters_ptr, (stored + num_new).to(tl.int64))
         if INDEX != 0:

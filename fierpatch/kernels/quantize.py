@@ -103,6 +103,37 @@ def rotate_keys(
 
 
 @triton.jit
+def load_factors(
+    key_ptr,
+    centre_ptr,
+    has_centre,
+    balance_ptr,
+    rotation_ptr,
+    first,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Key, centre and balance in BLOCK_K channels from `first` on, and their rows of the matrix."""
+    channel = first + tl.arange(0, BLOCK_K)
+    out = tl.arange(0, BLOCK_D)
+    inside = channel < D
+    key = tl.load(key_ptr + channel, mask=inside, other=0.0)
+    centre = tl.load(centre_ptr + channel, mask=inside & has_centre, other=0.0)
+    balance = tl.load(balance_ptr + channel, mask=inside, other=0.0)
+    rows = rotation_ptr + channel[:, None] * D + out[None, :]
+    matrix = tl.load(rows, mask=inside[:, None] & (out < D)[None, :], other=0)
+    return key, centre, balance, matrix
+
+
+@triton.jit
+def multiply_factors(key, centre, balance, matrix):
+    """What `load_factors` add to each rotated channel: float64 ``[BLOCK_K, BLOCK_D]``."""
+    x = (finite(key) - centre.to(tl.float32)) * balance
+    return x.to(tl.float64)[:, None] * matrix.to(tl.float64)
+
+
+@triton.jit
 def rotate_key(
     key_ptr,
     centre_ptr,
@@ -115,19 +146,12 @@ def rotate_key(
     NORM: tl.constexpr,
 ):
     """`rotate_keys` for one token without the matrix product: float32 ``[BLOCK_D]``."""
-    out = tl.arange(0, BLOCK_D)
-    channel = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
-    for c in range(0, D, BLOCK_K):
-        cs = c + channel
-        inside = cs < D
-        key = finite(tl.load(key_ptr + cs, mask=inside, other=0.0))
-        centre = tl.load(centre_ptr + cs, mask=inside & has_centre, other=0.0).to(tl.float32)
-        balance = tl.load(balance_ptr + cs, mask=inside, other=0.0)
-        x = ((key - centre) * balance).to(tl.float64)
-        mask = inside[:, None] & (out < D)[None, :]
-        rows = rotation_ptr + cs[:, None] * D + out[None, :]
-        total += x[:, None] * tl.load(rows, mask=mask, other=0).to(tl.float64)
+    for first in range(0, D, BLOCK_K):
+        key, centre, balance, matrix = load_factors(
+            key_ptr, centre_ptr, has_centre, balance_ptr, rotation_ptr, first, D, BLOCK_D, BLOCK_K
+        )
+        total += multiply_factors(key, centre, balance, matrix)
     return (tl.sum(total, axis=0) * NORM).to(tl.float32)
 
 
@@ -238,54 +262,6 @@ def quantize_rotated(
         merge_words(words_ptr, words, written, channel, D)
         if BITS == 2:
             merge_words(words_ptr + ROWS * D, low_words, written, channel, D)
-
-
-@triton.jit
-def quantize_rotated_one(
-    key_ptr,
-    planes_ptr,
-    scale_ptr,
-    centre_ptr,
-    balance_ptr,
-    rotation_ptr,
-    token,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_ONE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    NORM: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-):
-    """`quantize_rotated` for one token that leaves its group open; `key_ptr` is that token's.
-
-    All that it reads it asks for before it writes, so that it waits for memory once.
-    """
-    channel = tl.arange(0, BLOCK_D)
-    inside = channel < D
-    tile = token // TILE_SIZE
-    place = token - tile * TILE_SIZE
-    mark = 1 << (place // ROWS)
-    group = token // GROUP
-    word_ptr = planes_ptr + tile * (BITS * ROWS * D) + place % ROWS * D + channel
-    word = tl.load(word_ptr, mask=inside, other=0).to(tl.int32)
-    if BITS == 2:
-        low_word = tl.load(word_ptr + ROWS * D, mask=inside, other=0).to(tl.int32)
-    source_ptr = centre_ptr + tl.maximum(group - 1, 0) * D
-    has_centre = group > 0
-    centre = tl.load(source_ptr + channel, mask=inside & has_centre, other=0.0)
-    x = rotate_key(
-        key_ptr, source_ptr, has_centre, balance_ptr, rotation_ptr, D, BLOCK_D, BLOCK_ONE, NORM
-    )
-    high, low, scale = encode(x[None, :], D, BITS, THRESHOLD)
-    high = tl.reshape(high.to(tl.int32), [BLOCK_D]) * mark
-    tl.store(word_ptr, ((word & (mark ^ 0xFFFF)) | high).to(tl.int16), mask=inside)
-    if BITS == 2:
-        low = tl.reshape(low.to(tl.int32), [BLOCK_D]) * mark
-        low_word = (low_word & (mark ^ 0xFFFF)) | low
-        tl.store(word_ptr + ROWS * D, low_word.to(tl.int16), mask=inside)
-    tl.store(scale_ptr + token + tl.arange(0, 1), scale)
-    tl.store(centre_ptr + group * D + channel, centre, mask=inside)
 
 
 @triton.jit

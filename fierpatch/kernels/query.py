@@ -186,11 +186,11 @@ def query_kernel(
             (row * BLOCKS + block) * HEADS, task, logit_scale, D, HEADS, OUT, NORM,
         )  # fmt: skip
     else:
+        query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
         length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
         first_group = (task - channel_blocks) * GROUPS
         num_groups = tl.cdiv(length, GROUP)
         if first_group < num_groups:
-            query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
             all_groups = tiles * (TILE_SIZE // GROUP)
             _multiply_centres(
                 query, centre_ptr + kv_row * all_groups * D,

@@ -85,7 +85,8 @@ def select(
     token_indices = torch.empty(lists, dtype=torch.int64, device=scratch.key.device)
     grid = (shape.chunks, shape.rows, 1)
     sink_dtype = None if sink_logits is None else sink_logits.dtype
-    make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype)
+    is_early = can_start_early(counters.device)
+    make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype, is_early)
     make_keys.launch(
         grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
         scratch.key, scratch.high,
@@ -174,7 +175,7 @@ def fier_scores_specialization(
 
 @cache
 def select_specializations(
-    shape: Shape, has_mask: bool, sink_dtype: torch.dtype | None
+    shape: Shape, has_mask: bool, sink_dtype: torch.dtype | None, is_early: bool
 ) -> tuple[Specialization, Specialization, Specialization]:
     """Of `key_kernel`, `low_kernel` and `compact_kernel`.
 
@@ -196,8 +197,11 @@ def select_specializations(
     pieces = triton.cdiv(shape.chunks, at_once)
     chunks = {"CHUNKS": at_once, "PIECES": pieces, "BLOCK_W": 1024}
     num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
+    early = {"IS_EARLY": is_early}
     return (
         Specialization(key_kernel, keys, num_warps=num_warps),
-        Specialization(low_kernel, block, num_warps=num_warps),
-        Specialization(compact_kernel, block | chunks, num_warps=num_warps),
+        Specialization(low_kernel, block | early, num_warps=num_warps),
+        Specialization(
+            compact_kernel, block | chunks | early, num_warps=num_warps, is_early=is_early
+        ),
     )

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fierpatch.kernels.constants import EXPONENTS, LOG2_E, MANTISSA_BITS, MANTISSAS, TILE_SIZE
+from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.scores import weight_of
 
 ALWAYS = tl.constexpr(EXPONENTS.value * MANTISSAS.value - 1)
@@ -39,7 +40,7 @@ def _threshold(bins, k, BINS: tl.constexpr):
 
 @triton.jit
 def _load_key(key_ptr, token, length):
-    return tl.load(key_ptr + token, mask=token < length, other=0).to(tl.int32)
+    return tl.load(key_ptr + token, mask=token < length, other=0, cache_modifier=".cg").to(tl.int32)
 
 
 @triton.jit
@@ -197,6 +198,7 @@ def low_kernel(
     tiles,
     blocks,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """The keys of one chunk that are above the threshold's exponent, or have it.
 
@@ -204,6 +206,7 @@ def low_kernel(
     MANTISSAS]``, the mantissas of those that have it; plan int32 ``[row, 2]``, the exponent and how
     many keys of the row are above it.
     """
+    start_next(IS_EARLY)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
@@ -260,20 +263,24 @@ def compact_kernel(
     CHUNKS: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Write the chosen tokens of one chunk where they belong in the row's list.
 
     token_index int64 ``[row, width]`` ascends; slots that a row does not fill are -1, at the end.
     Clears high, so that the same scores may be selected from again.
+
+    Starts beside `low_kernel`, and asks for its keys before it waits for what that one counts.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
-    length = tl.load(counters_ptr).to(tl.int32)
+    length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
     key_ptr += row * tiles * TILE_SIZE
     key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
     if chunk * (BLOCK * blocks) >= length:
         return
+    await_previous(IS_EARLY)
     high = tl.load(plan_ptr + row * 2)
     above = tl.load(plan_ptr + row * 2 + 1)
     # What all chunks of the row hold, and those before this one.
