@@ -85,32 +85,21 @@ def _rotate(
 @triton.jit
 def _multiply_centres(
     query,
-    centre_ptr,
+    centre,
     mean_ptr,
-    first_group,
+    group,
     num_groups,
     stride,
     logit_scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """``q . mu`` times the logit scale, of GROUPS groups: mean float32 ``[group, stride]``."""
+    """``q . mu`` times the logit scale, of some groups: mean float32 ``[group, stride]``."""
     head = tl.arange(0, MAX_HEADS)
-    channel = tl.arange(0, BLOCK_D)
-    group = first_group + tl.arange(0, GROUPS)
-    centre = tl.load(
-        centre_ptr + group[:, None] * D + channel[None, :],
-        mask=(group < num_groups)[:, None] & (channel < D)[None, :],
-        other=0.0,
-        cache_modifier=".cg",
-    )
     # By a power of two, the largest then in 1 .. 2: float16 holds bfloat16 and float16 so.
     peak = tl.maximum(tl.max(tl.abs(query), axis=1), 2.0**-100)
     peak = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    mean = _dot(centre, tl.trans(query * (1.0 / peak)[:, None]), SPLIT)  # [GROUPS, heads]
+    mean = _dot(centre, tl.trans(query * (1.0 / peak)[:, None]), SPLIT)  # [groups, heads]
     mean *= (peak * logit_scale)[None, :]
     written = (group < num_groups)[:, None] & (head < HEADS)[None, :]
     tl.store(mean_ptr + group[:, None] * stride + head[None, :], mean, mask=written)
@@ -154,10 +143,11 @@ def query_kernel(
 
     Writes what `_rotate` and `_multiply_centres` say; mean is float32 ``[r, groups, n, HEADS]``.
 
+    What comes next may ask memory for much, so it starts when all has been asked for here.
+
     Starts beside `append_kernel` when that changes nothing that is read here but the length, by 1,
     which is of no consequence: the token is of a group that was open.
     """
-    start_next(IS_EARLY)
     task = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
@@ -181,6 +171,7 @@ def query_kernel(
             balance_ptr + kv_row * D + channel, mask=channel < D, other=1.0, cache_modifier=".cg"
         )
         query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
+        start_next(IS_EARLY)
         _rotate(
             query, balance, matrix, operand_ptr, total_ptr, unit_ptr,
             (row * BLOCKS + block) * HEADS, task, logit_scale, D, HEADS, OUT, NORM,
@@ -192,11 +183,19 @@ def query_kernel(
         num_groups = tl.cdiv(length, GROUP)
         if first_group < num_groups:
             all_groups = tiles * (TILE_SIZE // GROUP)
+            group = first_group + tl.arange(0, GROUPS)
+            centre = tl.load(
+                centre_ptr + kv_row * all_groups * D + group[:, None] * D + channel[None, :],
+                mask=(group < num_groups)[:, None] & (channel < D)[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            start_next(IS_EARLY)
             _multiply_centres(
-                query, centre_ptr + kv_row * all_groups * D,
-                mean_ptr + row * all_groups * (BLOCKS * HEADS) + block * HEADS,
-                first_group, num_groups, BLOCKS * HEADS, logit_scale,
-                D, BLOCK_D, HEADS, GROUPS, SPLIT,
+                query, centre, mean_ptr + row * all_groups * (BLOCKS * HEADS) + block * HEADS,
+                group, num_groups, BLOCKS * HEADS, logit_scale, HEADS, SPLIT,
             )  # fmt: skip
+        else:
+            start_next(IS_EARLY)
     # What waits for this kernel waits for the one before it too.
     await_previous(IS_EARLY)

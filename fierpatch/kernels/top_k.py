@@ -40,7 +40,7 @@ def _threshold(bins, k, BINS: tl.constexpr):
 
 @triton.jit
 def _load_key(key_ptr, token, length):
-    return tl.load(key_ptr + token, mask=token < length, other=0, cache_modifier=".cg").to(tl.int32)
+    return tl.load(key_ptr + token, mask=token < length, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -307,6 +307,7 @@ def compact_kernel(
     num_chosen = tl.where(has_cut, budget, above)
     over += tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
     tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
+    start_next(IS_EARLY)
     token_index_ptr += row * width
     for block in range(chunk * blocks, chunk * blocks + blocks):
         token = block * BLOCK + tl.arange(0, BLOCK)
