@@ -115,6 +115,7 @@ def gather_attention_kernel(
         query_ptr + head[:, None].to(tl.int64) * stride_h + channel[None, :],
         mask=(head < HEADS)[:, None] & (channel < D)[None, :],
         other=0.0,
+        cache_modifier=".cg",
     )
     if HAS_LIST:
         await_previous(IS_EARLY)

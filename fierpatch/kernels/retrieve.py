@@ -93,10 +93,10 @@ def select(
         shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
     )  # fmt: skip
     parts = (scratch.high, scratch.chunk_low, scratch.chunk_over, scratch.plan)
-    sizes = (shape.tiles, shape.blocks_per_chunk)
-    count_low.launch(grid, scratch.key, *parts, counters, shape.budget, *sizes)
+    blocks = shape.blocks_per_chunk
+    count_low.launch(grid, scratch.key, *parts, counters, shape.budget, blocks)
     compact.launch(
-        grid, scratch.key, *parts, counters, token_indices, shape.budget, shape.width, *sizes
+        grid, scratch.key, *parts, counters, token_indices, shape.budget, shape.width, blocks
     )
     return token_indices
 
@@ -199,7 +199,7 @@ def select_specializations(
     num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
     early = {"IS_EARLY": is_early}
     return (
-        Specialization(key_kernel, keys, num_warps=num_warps),
+        Specialization(key_kernel, keys | early, num_warps=num_warps, is_early=is_early),
         Specialization(low_kernel, block | early, num_warps=num_warps),
         Specialization(
             compact_kernel, block | chunks | early, num_warps=num_warps, is_early=is_early

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fierpatch.kernels.constants import EXPONENTS, ROWS, TILE_SIZE
-from fierpatch.kernels.early import await_previous
+from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.logits import cap
 from fierpatch.kernels.query import load_query
 
@@ -289,6 +289,7 @@ def rotated_scores_kernel(
     if HAS_CAP:
         logit = cap(logit, softcap)
     logit = tl.where(visible[:, None], logit, float("-inf"))
+    start_next(IS_EARLY)
     _write_tile(logit, weight_ptr, most_ptr, sum_ptr, row, tile, tiles, block * HEADS, G, HEADS)
     if HAS_MASK and (block == 0) and (kv_row % num_kv_heads == 0):
         counted = ((kv_row // num_kv_heads) * num_queries + t) * tiles + tile

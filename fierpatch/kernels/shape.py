@@ -14,7 +14,7 @@ from fierpatch.index.packing import TILE_SIZE
 from fierpatch.kernels.constants import EXPONENTS, MANTISSAS, MAX_HEADS
 
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
-GROUPS_AT_ONCE = 64  # whose centres a program multiplies with the query
+GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
 _BLOCK = 2048  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
 _MAX_PROGRAMS = 528  # of the selection, four for each of 132 multiprocessors
@@ -124,6 +124,11 @@ class Shape:
         return triton.cdiv(self.tiles * TILE_SIZE, self.select_block * self.blocks_per_chunk)
 
     @cached_property
+    def padded_length(self) -> int:
+        """Tokens of a row's chunks, all of them whole."""
+        return self.chunks * self.blocks_per_chunk * self.select_block
+
+    @cached_property
     def width(self) -> int:
         """Slots of a list."""
         return min(self.budget, self.tiles * TILE_SIZE)
@@ -156,7 +161,7 @@ class Scratch:
         self.sum = torch.empty_like(self.most)
         counts = (shape.batch_size, shape.num_queries, shape.tiles)
         self.count = empty(*counts, dtype=torch.int32)
-        self.key = empty(shape.rows, tokens, dtype=torch.int16)
+        self.key = empty(shape.rows, shape.padded_length, dtype=torch.int16)
         self.high = empty(shape.rows, EXPONENTS.value, dtype=torch.int32)
         self.chunk_low = empty(shape.rows, shape.chunks, MANTISSAS.value, dtype=torch.int32)
         self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)

@@ -39,23 +39,34 @@ def _threshold(bins, k, BINS: tl.constexpr):
 
 
 @triton.jit
-def _load_key(key_ptr, token, length):
-    return tl.load(key_ptr + token, mask=token < length, other=0).to(tl.int32)
+def _load_key(key_ptr, block, is_wanted, BLOCK: tl.constexpr):
+    """Keys of a block, int32: 0 past the length, as `key_kernel` leaves all of its blocks."""
+    place = key_ptr + block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(place, mask=is_wanted, other=0, cache_modifier=".cg").to(tl.int32)
 
 
 @triton.jit
 def _load_bits(
-    weight_ptr, block, length,
+    weight_ptr, block, num_tiles,
     G: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block's tokens as the scores left them: int16 ``[BLOCK, BLOCK_H]``."""
-    head = tl.arange(0, BLOCK_H)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(
-        weight_ptr + token.to(tl.int64)[:, None] * G + head[None, :],
-        mask=(token < length)[:, None] & (head < HEADS)[None, :],
-        other=0,
-    )
+    """Weights of a block's tokens as the scores left them: int16 ``[BLOCK, BLOCK_H]``.
+
+    Whole tiles, 0 past the length: a mask by token would keep neighbours from coming together.
+    """
+    if HEADS == G and BLOCK_H == G:
+        number = tl.arange(0, BLOCK * G)
+        tile = block * (BLOCK // TILE_SIZE) + number // (TILE_SIZE * G)
+        place = weight_ptr + block * (BLOCK * G) + number
+        return tl.reshape(tl.load(place, mask=tile < num_tiles, other=0), [BLOCK, G])
+    else:
+        head = tl.arange(0, BLOCK_H)
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        return tl.load(
+            weight_ptr + token.to(tl.int64)[:, None] * G + head[None, :],
+            mask=(token // TILE_SIZE < num_tiles)[:, None] & (head < HEADS)[None, :],
+            other=0,
+        )
 
 
 @triton.jit
@@ -110,17 +121,19 @@ def key_kernel(
     BLOCK_TILES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
-    """Keys of one chunk of a row, int16 ``[row, token]``.
+    """Keys of one chunk of a row, int16 ``[row, token]``, with room for whole chunks.
 
     A row is ``(b, list, t)``; a list is of HEADS of the G query heads of a KV head, all or one.
     Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    length = tl.load(counters_ptr).to(tl.int32)
+    length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
     if chunk * (BLOCK * blocks) >= length:
         return
+    await_previous(IS_EARLY)
     TILES: tl.constexpr = BLOCK // TILE_SIZE
     t = row % num_queries
     list_ = row // num_queries % num_lists
@@ -133,7 +146,7 @@ def key_kernel(
     head = tl.arange(0, BLOCK_H)
     weight_ptr += score_row * tiles * TILE_SIZE * G + first_head
     # What takes longest to come is asked for first.
-    bits = _load_bits(weight_ptr, chunk * blocks, length, G, HEADS, BLOCK_H, BLOCK)
+    bits = _load_bits(weight_ptr, chunk * blocks, num_tiles, G, HEADS, BLOCK_H, BLOCK)
     log_sum = _log_sums(
         most_ptr + score_row * tiles * G + first_head, sum_ptr + score_row * tiles * G + first_head,
         sink_ptr, num_tiles, G, list_ * HEADS,
@@ -152,7 +165,7 @@ def key_kernel(
             before += tl.sum(tl.where(is_before, counts, 0), axis=0)
     else:
         num_visible = length - (num_queries - 1 - t).to(tl.int32)
-    key_ptr += row * tiles * TILE_SIZE
+    key_ptr += row * (tl.num_programs(0) * blocks * BLOCK)
     most_ptr += score_row * tiles * G + first_head
     bin_ = tl.arange(0, EXPONENTS)
     bins = tl.zeros([EXPONENTS], tl.int32)
@@ -169,7 +182,7 @@ def key_kernel(
         priority = tl.reshape(tl.sum(weight, axis=2), [BLOCK])
         is_visible = tl.max(bits, axis=1) > 0
         # The next block's are asked for as soon as these are used up.
-        following = tl.where(block + 1 < chunk * blocks + blocks, length, 0)
+        following = tl.where(block + 1 < chunk * blocks + blocks, num_tiles, 0)
         bits = _load_bits(weight_ptr, block + 1, following, G, HEADS, BLOCK_H, BLOCK)
         token = block * BLOCK + tl.arange(0, BLOCK)
         if HAS_MASK:
@@ -181,12 +194,12 @@ def key_kernel(
         key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
         key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
         key = tl.where(is_visible, key, 0)
-        tl.store(key_ptr + token, key.to(tl.int16), mask=token < length)
+        tl.store(key_ptr + token, key.to(tl.int16))
         bins += tl.histogram(key >> MANTISSA_BITS, EXPONENTS, mask=key > 0)
     tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["budget", "tiles", "blocks"])
+@triton.jit(do_not_specialize=["budget", "blocks"])
 def low_kernel(
     key_ptr,
     high_ptr,
@@ -195,7 +208,6 @@ def low_kernel(
     plan_ptr,
     counters_ptr,
     budget,
-    tiles,
     blocks,
     BLOCK: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -206,7 +218,6 @@ def low_kernel(
     MANTISSAS]``, the mantissas of those that have it; plan int32 ``[row, 2]``, the exponent and how
     many keys of the row are above it.
     """
-    start_next(IS_EARLY)
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
@@ -214,19 +225,18 @@ def low_kernel(
     if chunk * (BLOCK * blocks) >= length:
         return
     highs = tl.load(high_ptr + row * EXPONENTS + tl.arange(0, EXPONENTS))
-    key_ptr += row * tiles * TILE_SIZE
-    key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
+    key_ptr += row * (tl.num_programs(0) * blocks * BLOCK)
+    key = _load_key(key_ptr, chunk * blocks, True, BLOCK)
     place = row * tl.num_programs(0) + chunk
     chunk_low_ptr += place * MANTISSAS
     tl.store(chunk_low_ptr + bin_, tl.zeros([MANTISSAS], tl.int32))
     high, above = _threshold(highs, budget, EXPONENTS)
+    start_next(IS_EARLY)
     tl.debug_barrier()
     one = tl.full([BLOCK], 1, tl.int32)
     over = 0
     for block in range(chunk * blocks, chunk * blocks + blocks):
-        next_token = (block + 1) * BLOCK + tl.arange(0, BLOCK)
-        following = tl.where(block + 1 < chunk * blocks + blocks, length, 0)
-        next_key = _load_key(key_ptr, next_token, following)
+        next_key = _load_key(key_ptr, block + 1, block + 1 < chunk * blocks + blocks, BLOCK)
         is_over = (key > 0) & ((key >> MANTISSA_BITS) > high)
         is_equal = (key > 0) & ((key >> MANTISSA_BITS) == high)
         # One sum counts both.
@@ -246,7 +256,7 @@ def low_kernel(
         tl.store(plan_ptr + row * 2 + 1, above)
 
 
-@triton.jit(do_not_specialize=["budget", "width", "tiles", "blocks"])
+@triton.jit(do_not_specialize=["budget", "width", "blocks"])
 def compact_kernel(
     key_ptr,
     high_ptr,
@@ -257,7 +267,6 @@ def compact_kernel(
     token_index_ptr,
     budget,
     width,
-    tiles,
     blocks,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -276,10 +285,10 @@ def compact_kernel(
     row = tl.program_id(1).to(tl.int64)
     bin_ = tl.arange(0, MANTISSAS)
     length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
-    key_ptr += row * tiles * TILE_SIZE
-    key = _load_key(key_ptr, chunk * blocks * BLOCK + tl.arange(0, BLOCK), length)
     if chunk * (BLOCK * blocks) >= length:
         return
+    key_ptr += row * (tl.num_programs(0) * blocks * BLOCK)
+    key = _load_key(key_ptr, chunk * blocks, True, BLOCK)
     await_previous(IS_EARLY)
     high = tl.load(plan_ptr + row * 2)
     above = tl.load(plan_ptr + row * 2 + 1)
@@ -326,7 +335,7 @@ def compact_kernel(
         over += total & 65535
         tied += total >> 16
         if block + 1 < chunk * blocks + blocks:
-            key = _load_key(key_ptr, token + BLOCK, length)
+            key = _load_key(key_ptr, block + 1, True, BLOCK)
     if chunk == 0:
         exponent = tl.arange(0, EXPONENTS)
         tl.store(high_ptr + row * EXPONENTS + exponent, tl.zeros([EXPONENTS], tl.int32))
