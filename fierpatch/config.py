@@ -15,6 +15,7 @@ INDEXES = ("rotated", "fier")
 BACKENDS = ("auto", "triton", "reference")
 PLANNED_BACKENDS = ("flex",)
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
+REFINE_BITS = (2, 3, 4)  # in all, of the codes that candidates are scored by
 _MOST = (1 << 63) - 1
 
 
@@ -31,6 +32,12 @@ class FierConfig:
         bits: bits a channel of the index, 1 or 2 (2 for ``"rotated"`` only).
         group_size: tokens that share a centre (``"rotated"``) or a scale and zero along each
             channel (``"fier"``); 32, 64, 128, 256 or 512. None means 128 and 32 respectively.
+        refine: tokens that are scored a second time, better, before the budget is taken from them,
+            in multiples of the budget: 4 brings selection close to that by the keys themselves. 0
+            selects by the first scores.
+        refine_bits: what the second scores are made of: codes of 2, 3 or 4 bits a channel in all
+            (beside the one bit of ``"rotated"``, 16, 32 or 48 bytes more a token and KV head at
+            128 channels, and 1), or ``"exact"``: the keys, with any index.
         dense_layers: how many of the model's first layers stay dense (the protocol of Quest and
             FIER; 0 patches every full-attention layer).
         per_query_head: select for every query head on its own instead of once for the query heads
@@ -55,6 +62,8 @@ class FierConfig:
     index: str = "rotated"
     bits: int = 1
     group_size: int | None = None
+    refine: int = 0
+    refine_bits: int | str = 4
     dense_layers: int = 2
     per_query_head: bool = False
     max_query_length: int = 8
@@ -69,6 +78,7 @@ class FierConfig:
             ("sinks", 0),
             ("recent", 1),
             ("bits", 1),
+            ("refine", 0),
             ("dense_layers", 0),
             ("max_query_length", 1),
             ("seed", 0),
@@ -99,6 +109,22 @@ class FierConfig:
                     f"group_size={self.group_size} does not divide a tile of 512 tokens into whole "
                     "bit planes: choose 32, 64, 128, 256 or 512"
                 )
+        if self.refine == 1:
+            raise ConfigError(
+                "refine=1 scores as many tokens again as it chooses, which changes nothing: choose "
+                "0, or 2 and more"
+            )
+        is_code = isinstance(self.refine_bits, int) and not isinstance(self.refine_bits, bool)
+        if self.refine_bits != "exact" and not (is_code and self.refine_bits in REFINE_BITS):
+            raise ConfigError(
+                f"refine_bits={self.refine_bits!r} is not available: choose 2, 3, 4 or 'exact'"
+            )
+        if self.refine and is_code and (self.index, self.bits) != ("rotated", 1):
+            raise ConfigError(
+                f"refine_bits={self.refine_bits} refines the one bit of index='rotated', and this "
+                f"is index={self.index!r} with bits={self.bits}: choose that, or "
+                "refine_bits='exact'"
+            )
         if self.offload:
             raise NotYetSupportedError(
                 "offload=True needs the host tier, which this version does not have yet: leave "
@@ -119,6 +145,11 @@ class FierConfig:
     def index_group_size(self) -> int:
         """`group_size`, or the index's own default where it is None."""
         return self.group_size or {"rotated": 128, "fier": 32}[self.index]
+
+    @property
+    def code_bits(self) -> int:
+        """`refine_bits` where the index has codes for it, else 0."""
+        return self.refine_bits if self.refine and isinstance(self.refine_bits, int) else 0
 
     def to_json(self) -> str:
         """The settings as a JSON object; `from_json` gives an equal config back."""

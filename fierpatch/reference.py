@@ -11,6 +11,8 @@ from torch import Tensor
 from fierpatch.index import KeyIndex
 from fierpatch.select import causal_visible, select, softmax_beside_sink, to_logits
 
+CANDIDATE_TEMPERATURE = 2.0  # of the softmax that chooses what is scored again
+
 
 def exact_scores(query: Tensor, keys: Tensor) -> Tensor:
     """``q . k`` for every query head and token.
@@ -27,10 +29,53 @@ def exact_scores(query: Tensor, keys: Tensor) -> Tensor:
     return unfold_groups(grouped @ keys.to(dtype).transpose(2, 3), query)
 
 
-def index_scores(index: KeyIndex, state: list[Tensor], query: Tensor, length: int) -> Tensor:
+def index_scores(
+    index: KeyIndex, state: list[Tensor], query: Tensor, length: int, *, margin: float = 0.0
+) -> Tensor:
     """The index's estimate of ``q . k``: float32 ``[B, Hq, T, length]``."""
     grouped = fold_groups(query.float(), state[0].shape[1])
-    return unfold_groups(index.scores(state, grouped, length), query)
+    return unfold_groups(index.scores(state, grouped, length, margin=margin), query)
+
+
+def refined_scores(
+    index: KeyIndex,
+    state: list[Tensor],
+    query: Tensor,
+    candidates: Tensor,
+    length: int,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Scores of the candidates alone, by the index's codes or by the keys themselves.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        candidates: int64 ``[B, H or Hq, T, n]``; -1 marks an unused slot.
+        length: S, tokens stored.
+        keys: ``[B, H, C, D]``; None means the index's codes.
+
+    Returns:
+        float32 ``[B, Hq, T, S]``, -inf where a token is no candidate.
+    """
+    num_kv_heads, num_lists = state[0].shape[1], candidates.shape[1]
+    num_queries = query.shape[2]
+    # Each list of a KV head with the queries that it serves: [B, H, lists of it * T, heads, D].
+    shared = query.float().unflatten(1, (num_lists, -1)).transpose(2, 3)
+    shared = shared.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    is_used = candidates >= 0
+    tokens = candidates.clamp_min(0).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    if keys is None:
+        scores = index.refined_scores(state, shared, tokens)
+    else:
+        at = tokens.flatten(2).unsqueeze(3).expand(-1, -1, -1, keys.shape[3])
+        rows = keys.gather(2, at).float().unflatten(2, tokens.shape[2:])
+        scores = shared @ rows.transpose(3, 4)
+    scores = scores.unflatten(2, (-1, num_queries)).flatten(1, 2)  # [B, lists, T, heads, n]
+    scores = scores.transpose(2, 3).flatten(1, 2)
+    # Unused slots go to a token past the end, which is cut off.
+    place = torch.where(is_used, candidates, length)
+    place = place.repeat_interleave(query.shape[1] // num_lists, 1)
+    spread = scores.new_full((*scores.shape[:3], length + 1), -torch.inf)
+    return spread.scatter_(3, place, scores)[..., :length]
 
 
 def select_from_index(
@@ -47,14 +92,21 @@ def select_from_index(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     visible: Tensor | None = None,
+    refine: int = 0,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    """Score every token, then select.
+    """Score every token, then select; with `refine` score the best of them again before that.
+
+    Candidates are chosen by what a token may weigh, not by what it is thought to weigh: with the
+    index's own margin, and by a softmax of twice the temperature. The second scoring sorts them.
 
     Args:
         index, state: the key index of the layer.
         query: ``[B, Hq, T, D]``, the newest T of `length` tokens.
         length: tokens stored, those of the query included.
         visible: bool, broadcastable to ``[B, 1, T, length]``; None means causal.
+        refine: candidates in multiples of the budget; 0 selects by the first scores.
+        keys: ``[B, H, C, D]``, to score candidates exactly; None means the index's codes.
 
     Returns:
         int64 ``[B, H or Hq, T, min(budget, length)]``, see `select_tokens`.
@@ -62,18 +114,27 @@ def select_from_index(
     num_queries = query.shape[2]
     if visible is None and num_queries > 1:
         visible = causal_visible(num_queries, length, query.device)
-    return select(
-        index_scores(index, state, query, length),
-        num_kv_heads=state[0].shape[1],
-        budget=budget,
-        sinks=sinks,
-        recent=recent,
-        per_query_head=per_query_head,
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        visible=visible,
-    )
+    margin = index.candidate_margin if refine else 0.0
+    scores = index_scores(index, state, query, length, margin=margin)
+
+    def best(scores: Tensor, budget: int, temperature: float) -> Tensor:
+        return select(
+            scores,
+            num_kv_heads=state[0].shape[1],
+            budget=budget,
+            sinks=sinks,
+            recent=recent,
+            per_query_head=per_query_head,
+            scale=scale / temperature,
+            softcap=softcap / temperature,
+            sink_logits=None if sink_logits is None else sink_logits / temperature,
+            visible=visible,
+        )
+
+    if refine:
+        candidates = best(scores, refine * budget, CANDIDATE_TEMPERATURE)
+        scores = refined_scores(index, state, query, candidates, length, keys)
+    return best(scores, budget, 1.0)
 
 
 def gather_attention(

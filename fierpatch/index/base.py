@@ -24,7 +24,14 @@ class KeyIndex(Hashable, Protocol):
     """
 
     num_constants: ClassVar[int]
-    tiled: ClassVar[tuple[bool, ...]]
+
+    @property
+    def tiled(self) -> tuple[bool, ...]:
+        """Which tensors have their tiles on axis 2."""
+
+    @property
+    def candidate_margin(self) -> float:
+        """The margin by which candidates for a second scoring are best chosen."""
 
     @property
     def head_dim(self) -> int:
@@ -56,8 +63,27 @@ class KeyIndex(Hashable, Protocol):
         Returns True if the state must be appended anew from token 0.
         """
 
-    def scores(self, state: list[Tensor], query: Tensor, length: int) -> Tensor:
-        """Estimates of ``q . k`` for ``query [B, H, M, D]``: float32 ``[B, H, M, length]``."""
+    def scores(
+        self, state: list[Tensor], query: Tensor, length: int, *, margin: float = 0.0
+    ) -> Tensor:
+        """Estimates of ``q . k`` for ``query [B, H, M, D]``: float32 ``[B, H, M, length]``.
+
+        With a margin, bounds from above that few tokens exceed.
+        """
+
+    def refined_scores(self, state: list[Tensor], query: Tensor, tokens: Tensor) -> Tensor:
+        """Better estimates of ``q . k`` for some tokens, by codes that `scores` does not read.
+
+        Args:
+            query: float32 ``[B, H, R, G, D]``.
+            tokens: int64 ``[B, H, R, n]``, the same for G query heads.
+
+        Returns:
+            float32 ``[B, H, R, G, n]``.
+
+        Raises:
+            ConfigError: this index has no such codes.
+        """
 
     def dequantize(self, state: list[Tensor], length: int) -> Tensor:
         """The keys that `scores` sees: float32 ``[B, H, length, D]``."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fierpatch.errors import ConfigError
 from fierpatch.index.base import check_group_size, finite_keys, to_float16
 from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles, plane_dot, read_bits, write_bits
 
@@ -29,6 +30,7 @@ class FierIndex:
 
     num_constants: ClassVar[int] = 0
     tiled: ClassVar[tuple[bool, ...]] = (True, True, True)
+    candidate_margin: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
@@ -63,8 +65,12 @@ class FierIndex:
         """FIER needs no calibration."""
         return False
 
-    def scores(self, state: list[Tensor], query: Tensor, length: int) -> Tensor:
+    def scores(
+        self, state: list[Tensor], query: Tensor, length: int, *, margin: float = 0.0
+    ) -> Tensor:
         """``q . K~`` for ``query [B, H, M, D]``: float32 ``[B, H, M, length]`` (FIER, Eq. 5)."""
+        if margin:
+            raise ConfigError(f"{self} knows no margin of its scores: use index='rotated'")
         planes, scale, zero = (tensor[:, :, : num_tiles(length)] for tensor in state)
         # One plane is 32 tokens of one group, so each tile and plane has its own scaled query.
         planes_per_group = self.group_size // ROWS
@@ -76,6 +82,10 @@ class FierIndex:
         )
         sums = plane_dot(planes, scaled).unflatten(3, (-1, ROWS))  # [B, H, M, blocks, 32]
         return (2 * sums + offset.flatten(3).unsqueeze(4)).flatten(3)[..., :length]
+
+    def refined_scores(self, state: list[Tensor], query: Tensor, tokens: Tensor) -> Tensor:
+        """None: FIER has no codes beside those it scans."""
+        raise ConfigError(f"{self} has no codes to refine by: use index='rotated'")
 
     def dequantize(self, state: list[Tensor], length: int) -> Tensor:
         """``zero + scale`` where the bit is set, else ``zero - scale``: ``[B, H, length, D]``."""

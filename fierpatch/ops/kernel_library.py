@@ -5,6 +5,8 @@ Eager models call the kernels as they are, see `fierpatch.ops.kernel_operators`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from fierpatch.ops.library import attend_fake, index_like, retrieve_fake
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
-_INDEX = "str index, int bits, int group_size, int seed"
+_INDEX = "str index, int bits, int group_size, int seed, int refine_bits"
 _LIBRARY.define(
     "triton_append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, "
     f"Tensor(c!)[] state, Tensor(d!) counters, bool is_prompt, {_INDEX}) -> ()",
@@ -54,10 +56,11 @@ def _append(
     bits: int,
     group_size: int,
     seed: int,
+    refine_bits: int,
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
     is_indexed = bool(state) and not is_prompt
-    key_index = index_like(index, bits, group_size, seed, keys) if is_indexed else None
+    key_index = index_like(index, bits, group_size, seed, refine_bits, keys) if is_indexed else None
     appending.append(key_index, key, value, keys, values, state, counters)
 
 
@@ -71,6 +74,7 @@ def _retrieve(
     bits: int,
     group_size: int,
     seed: int,
+    refine_bits: int,
     budget: int,
     sinks: int,
     recent: int,
@@ -79,7 +83,7 @@ def _retrieve(
     softcap: float,
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
-    key_index = index_like(index, bits, group_size, seed, query)
+    key_index = index_like(index, bits, group_size, seed, refine_bits, query)
     shape = Shape.of(key_index, query, state[0], budget=budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
     logits = Logits(scale, softcap)
@@ -88,6 +92,11 @@ def _retrieve(
         shape, scratch, counters, sinks=sinks, recent=recent,
         sink_logits=sink_logits, has_mask=visible is not None,
     )  # fmt: skip
+
+
+def _retrieve_fake(query: Tensor, *rest: Any) -> Tensor:
+    """What `_retrieve` returns, without the numbers."""
+    return retrieve_fake(query, None, *rest, 0)
 
 
 def _attend(
@@ -132,5 +141,5 @@ _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_retrieve", _retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)

@@ -24,7 +24,7 @@ _CALIBRATION_WINDOW = 4096  # newest queries, which left padding reaches last
 # The ops read lengths on the host, which a CUDA graph cannot replay: the tag keeps them out of one.
 _LIBRARY = torch.library.Library("fierpatch", "DEF")
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
-_INDEX = "str index, int bits, int group_size, int seed"
+_INDEX = "str index, int bits, int group_size, int seed, int refine_bits"
 _LIBRARY.define(
     "append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)[] state, "
     f"Tensor(d!) counters, bool is_prompt, {_INDEX}) -> ()",
@@ -36,9 +36,9 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "retrieve(Tensor query, Tensor[] state, Tensor counters, Tensor? visible, "
+    "retrieve(Tensor query, Tensor? keys, Tensor[] state, Tensor counters, Tensor? visible, "
     f"Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
-    "float scale, float softcap) -> Tensor",
+    "float scale, float softcap, int refine) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -60,6 +60,7 @@ def _append(
     bits: int,
     group_size: int,
     seed: int,
+    refine_bits: int,
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
     stored, indexed, calibrated = counters.tolist()[:3]
@@ -68,7 +69,9 @@ def _append(
     keys[:, :, stored:stop] = key
     values[:, :, stored:stop] = value
     if state and not is_prompt:
-        index_like(index, bits, group_size, seed, keys).append(state, keys, indexed, stop)
+        index_like(index, bits, group_size, seed, refine_bits, keys).append(
+            state, keys, indexed, stop
+        )
         indexed = stop
     counters.copy_(torch.tensor((stop, indexed, calibrated, 0)))
 
@@ -82,9 +85,10 @@ def _index_prompt(
     bits: int,
     group_size: int,
     seed: int,
+    refine_bits: int,
 ) -> None:
     """Index a prompt by its own queries."""
-    key_index = index_like(index, bits, group_size, seed, keys)
+    key_index = index_like(index, bits, group_size, seed, refine_bits, keys)
     progress = counters.tolist()[:3]
     stored, indexed, calibrated = calibrate_prompt(key_index, query, keys, state, progress)
     key_index.append(state, keys, indexed, stored)
@@ -93,6 +97,7 @@ def _index_prompt(
 
 def _retrieve(
     query: Tensor,
+    keys: Tensor | None,
     state: list[Tensor],
     counters: Tensor,
     visible: Tensor | None,
@@ -101,17 +106,22 @@ def _retrieve(
     bits: int,
     group_size: int,
     seed: int,
+    refine_bits: int,
     budget: int,
     sinks: int,
     recent: int,
     per_query_head: bool,
     scale: float,
     softcap: float,
+    refine: int,
 ) -> Tensor:
-    """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
+    """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1.
+
+    The keys ``[B, H, C, D]`` are given where `refine` is by them, and not by codes.
+    """
     length = int(counters[0])
     token_indices = reference.select_from_index(
-        index_like(index, bits, group_size, seed, query),
+        index_like(index, bits, group_size, seed, refine_bits, query),
         state,
         query,
         length,
@@ -123,6 +133,8 @@ def _retrieve(
         softcap=softcap,
         sink_logits=sink_logits,
         visible=None if visible is None else visible[..., :length],
+        refine=refine,
+        keys=keys,
     )
     width = min(budget, state[0].shape[2] * TILE_SIZE)
     missing = width - token_indices.shape[3]
@@ -131,6 +143,7 @@ def _retrieve(
 
 def retrieve_fake(
     query: Tensor,
+    keys: Tensor | None,
     state: list[Tensor],
     counters: Tensor,
     visible: Tensor | None,
@@ -139,12 +152,14 @@ def retrieve_fake(
     bits: int,
     group_size: int,
     seed: int,
+    refine_bits: int,
     budget: int,
     sinks: int,
     recent: int,
     per_query_head: bool,
     scale: float,
     softcap: float,
+    refine: int,
 ) -> Tensor:
     """What `_retrieve` returns, without the numbers."""
     num_lists = query.shape[1] if per_query_head else state[0].shape[1]
@@ -228,6 +243,15 @@ torch.library.register_fake("fierpatch::retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::attend", attend_fake, lib=_LIBRARY)
 
 
-def index_like(name: str, bits: int, group_size: int, seed: int, like: Tensor) -> KeyIndex:
+def index_like(
+    name: str, bits: int, group_size: int, seed: int, refine_bits: int, like: Tensor
+) -> KeyIndex:
     """The index that an op names, for the head_dim of ``like [..., D]``."""
-    return make_index(name, head_dim=like.shape[3], bits=bits, group_size=group_size, seed=seed)
+    return make_index(
+        name,
+        head_dim=like.shape[3],
+        bits=bits,
+        group_size=group_size,
+        seed=seed,
+        refine_bits=refine_bits,
+    )

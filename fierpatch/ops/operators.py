@@ -159,8 +159,9 @@ class ReferenceOperators:
         """See `Operators`."""
         config = self.config
         token_indices = torch.ops.fierpatch.retrieve.default(
-            query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
-            config.sinks, config.recent, config.per_query_head, scale, softcap,
+            query, None if config.code_bits or not config.refine else keys, state, counters,
+            visible, sink_logits, *index_arguments(config), config.budget, config.sinks,
+            config.recent, config.per_query_head, scale, softcap, config.refine,
         )  # fmt: skip
         output = torch.ops.fierpatch.attend.default(
             query, keys, values, token_indices, sink_logits, scale, softcap
@@ -182,15 +183,22 @@ class ReferenceOperators:
         return None
 
 
-def index_arguments(config: FierConfig) -> tuple[str, int, int, int]:
-    """Name, bits, group_size and seed of the index, as the library ops take them."""
-    return config.index, config.bits, config.index_group_size, config.seed
+def index_arguments(config: FierConfig) -> tuple[str, int, int, int, int]:
+    """Name, bits, group_size, seed and refine_bits of the index, as the library ops take them."""
+    return config.index, config.bits, config.index_group_size, config.seed, config.code_bits
 
 
 def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:
     """The index that the settings ask for, for keys of `head_dim` channels."""
-    name, bits, group_size, seed = index_arguments(config)
-    return make_index(name, head_dim=head_dim, bits=bits, group_size=group_size, seed=seed)
+    name, bits, group_size, seed, refine_bits = index_arguments(config)
+    return make_index(
+        name,
+        head_dim=head_dim,
+        bits=bits,
+        group_size=group_size,
+        seed=seed,
+        refine_bits=refine_bits,
+    )
 
 
 def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
@@ -216,7 +224,9 @@ def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
         return "reference"
     head_dim = max(key.shape[3], value.shape[3])
     problem = ""
-    if key.dtype not in _KERNEL_DTYPES:
+    if config.refine:
+        problem = f"refine={config.refine}: it has no kernels for a second scoring yet"
+    elif key.dtype not in _KERNEL_DTYPES:
         problem = f"keys of {key.dtype}: it has kernels for bfloat16, float16 and float32"
     elif value.dtype != key.dtype:
         problem = f"keys of {key.dtype} and values of {value.dtype}: it wants one dtype"

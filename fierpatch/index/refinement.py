@@ -1,0 +1,106 @@
+"""Codes of more bits for the few tokens that are scored again: all magnitudes, a scale a token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The step of a uniform quantiser of a normal variable with the least squared error, in units of its
+# deviation, by bits in all (Max, 1960).
+STEPS = {2: 0.996, 3: 0.586, 4: 0.335}
+NUM_CODES = 2  # tensors of a state
+_OCTAVE = 128  # steps of the ratio's byte
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The magnitudes of a rotated key in levels, where its signs are known.
+
+    Of ``x`` with deviation ``s = |x| / sqrt(D)`` each magnitude is a level ``u``, of those at
+    ``(u + 1/2) step s``, in ``bits - 1`` bits. Signs and levels are ``b = +-(u + 1/2)``, and as
+    with one bit ``<a b, x> = |x|^2`` for the scale ``a``. One byte has its ratio to the one-bit
+    scale, which never is far from ``step / sqrt(pi / 2)``: 128 steps an octave.
+
+    codes are uint8 ``[B, H, tiles, 512, (bits - 1) D / 8]``, a token's bytes together, the levels'
+    highest bits first; bit c of them is bit ``c % 8`` of byte ``c // 8``. ratio is uint8 ``[B, H,
+    tiles, 512, 1]``.
+
+    Args:
+        head_dim: D, a multiple of 8.
+        bits: in all, 2 to 4.
+    """
+
+    head_dim: int
+    bits: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """``(bits - 1) D / 8 + 1``."""
+        return self.code_size + 1
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a token's levels."""
+        return (self.bits - 1) * -(-self.head_dim // 8)
+
+    def allocate(
+        self, lead: tuple[int, int], tiles: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and ratios of no tokens."""
+        size = (*lead, tiles, 512)
+        return (
+            torch.zeros(*size, self.code_size, dtype=torch.uint8, device=device),
+            torch.zeros(*size, 1, dtype=torch.uint8, device=device),
+        )
+
+    def encode(self, magnitude: Tensor, energy: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and ratios of keys ``[B, H, n]``.
+
+        Args:
+            magnitude: float64 ``[B, H, n, D]``, of the rotated keys.
+            energy: float64 ``[B, H, n]``, the sums of their squares.
+            scale: float16 ``[B, H, n]``, of one bit.
+        """
+        step = STEPS[self.bits] * (energy / self.head_dim).sqrt().unsqueeze(-1)
+        level = torch.zeros_like(magnitude, dtype=torch.uint8)
+        # By comparisons, which round nothing.
+        for least in range(1, 1 << (self.bits - 1)):
+            level += magnitude >= least * step
+        overlap = (magnitude * (level.double() + 0.5)).sum(-1)
+        own = torch.where(overlap > 0, energy / overlap, 0.0)
+        known = scale.double() * self._usual_ratio
+        ratio = torch.where((known > 0) & (own > 0), own / known, 1.0)
+        byte = (ratio.log2() * _OCTAVE).round().clamp(-128, 127) + 128
+        bits = [(level >> bit) & 1 for bit in reversed(range(self.bits - 1))]
+        return _pack(torch.stack(bits, dim=-2)), byte.to(torch.uint8).unsqueeze(-1)
+
+    def decode(self, is_high: Tensor, codes: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """``b`` of tokens, float32 ``[B, H, n, D]``, and ``a`` over their one-bit scales."""
+        bits = _unpack(codes.unflatten(-1, (self.bits - 1, -1)), self.head_dim)
+        level = torch.zeros_like(is_high, dtype=torch.float32)
+        for bit in range(self.bits - 1):
+            level = 2 * level + bits[..., bit, :]
+        magnitude = level + 0.5
+        exponent = (ratio.squeeze(-1).float() - 128) / _OCTAVE
+        return torch.where(is_high, magnitude, -magnitude), exponent.exp2() * self._usual_ratio
+
+    @property
+    def _usual_ratio(self) -> float:
+        """Of the scales of a normal variable."""
+        return STEPS[self.bits] / math.sqrt(math.pi / 2)
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """Bits ``[..., planes, D]`` as bytes ``[..., planes * ceil(D / 8)]``."""
+    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (padded << shifts).sum(-1, dtype=torch.uint8).flatten(-2)
+
+
+def _unpack(packed: Tensor, head_dim: int) -> Tensor:
+    """Bytes ``[..., planes, ceil(D / 8)]`` as bits ``[..., planes, D]``."""
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :head_dim]
