@@ -3,13 +3,16 @@
 A window of *Persuasion* goes through SmolLM2-135M once. From the third layer on, each index is
 built from the layer's own post-RoPE keys through the library's packed state, calibrated by queries
 before the last 512 positions, and asked for the best k tokens of 32 queries in those last 512. No
-sinks, no recents: selection alone, once a KV head by the mean of softmax over the group.
+sinks, no recents: selection alone, once a KV head by the mean of softmax over the group. Refined is
+out of four times as many candidates.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +26,12 @@ from fierpatch import ops
 from fierpatch.evaluate import smollm2
 from fierpatch.evaluate.texts import persuasion
 from fierpatch.hf.checkpoints import load
-from fierpatch.index import FierIndex, RotatedIndex
+from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
+from fierpatch.reference import select_from_index
 from fierpatch.select import attention_weights, top_k
 
 BUDGETS = (32, 64, 128, 256, 512)
+REFINE = 4
 FIRST_LAYER = 2
 
 
@@ -105,15 +110,32 @@ def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
         candidates.append((name, scores, index.bytes_per_token))
     candidates.append(("quest p16", quest_scores(asked, key), head_dim / 4))
     results = []
+
+    def masses_of(choose: Callable[[int], Tensor]) -> Tensor:
+        masses = []
+        for budget in BUDGETS:
+            chosen = choose(budget).repeat_interleave(query.shape[1] // num_kv_heads, 1)
+            masses.append(weights.gather(-1, chosen).sum(-1).mean().double())
+        return torch.stack(masses).cpu()
+
     for name, scores, size in candidates:
         priority = attention_weights(
             scores, num_kv_heads=num_kv_heads, scale=scale, visible=visible
         ).masked_fill(~visible, -torch.inf)
-        masses = []
-        for budget in BUDGETS:
-            chosen = top_k(priority, budget).repeat_interleave(query.shape[1] // num_kv_heads, 1)
-            masses.append(weights.gather(-1, chosen).sum(-1).mean().double())
-        results.append((name, torch.stack(masses).cpu(), size))
+        results.append((name, masses_of(partial(top_k, priority)), size))
+    for refine_bits in (2, 3, 4, 0):
+        index = RotatedIndex(head_dim, refine_bits=refine_bits)
+        state = ops.build_index(index, key, query=calibration)
+
+        def refined(budget: int, index: KeyIndex = index, state: list[Tensor] = state) -> Tensor:
+            by_keys = not refine_bits  # noqa: B023  (called before the next round)
+            return select_from_index(
+                index, state, asked, length, budget=budget, sinks=0, recent=0, scale=scale,
+                per_query_head=False, visible=visible, refine=REFINE, keys=key if by_keys else None,
+            )  # fmt: skip
+
+        by = f"{refine_bits} bits" if refine_bits else "keys"
+        results.append((f"1 bit, refined by {by}", masses_of(refined), index.bytes_per_token))
     return results
 
 

@@ -15,6 +15,10 @@ INDEXES: dict[str, dict[str, Any]] = {
     "rotated 1 bit": {"index": "rotated"},
     "rotated 2 bits": {"index": "rotated", "bits": 2},
     "fier": {"index": "fier"},
+    "1 bit, refined by 2": {"refine": 4, "refine_bits": 2},
+    "1 bit, refined by 4": {"refine": 4, "refine_bits": 4},
+    "1 bit, refined by keys": {"refine": 4, "refine_bits": "exact"},
+    "keys": {"refine": 1000, "refine_bits": "exact"},  # a candidate for every token
 }
 
 

@@ -253,12 +253,16 @@ def _layer_report(
     if layer.kind == "full" and number >= settings.dense_layers:
         kind = "sparse"
         lists = f"one list a {'query' if settings.per_query_head else 'KV'} head"
-        reason = f"{settings.index} index, {settings.bits} bit, {lists}"
+        reason = f"{settings.index} index, {settings.bits} bit, {_refined(settings)}{lists}"
         attended = min(settings.budget, length)
         # With a list a query head, each KV head's rows are read by every list of its group.
         num_lists = layer.num_query_heads // layer.num_kv_heads if settings.per_query_head else 1
         gathered = num_lists * attended
-        scanned = length * _make_index(settings, layer).bytes_per_token
+        index = _make_index(settings, layer)
+        by_keys = settings.refine and not settings.code_bits
+        again = key_row if by_keys else index.refined_bytes_per_token
+        candidates = num_lists * min(settings.refine * settings.budget, length)
+        scanned = length * index.scanned_bytes_per_token + candidates * again
         read = round(shape.heads * (scanned + gathered * (key_row + value_row)))
         ratio = (scanned + gathered * key_row) / (length * key_row) if length * key_row else 1.0
     else:
@@ -290,7 +294,15 @@ def _make_index(settings: FierConfig, layer: LayerLayout) -> KeyIndex:
         head_dim=layer.head_dim,
         bits=settings.bits,
         group_size=settings.index_group_size,
+        refine_bits=settings.code_bits,
     )
+
+
+def _refined(settings: FierConfig) -> str:
+    if not settings.refine:
+        return ""
+    by = f"{settings.code_bits} bits" if settings.code_bits else "the keys"
+    return f"{settings.refine} x refined by {by}, "
 
 
 def _seen(layer: LayerLayout, length: int) -> int:

@@ -44,7 +44,9 @@ def held(index: KeyIndex, state: list[Tensor], length: int) -> dict[str, Tensor]
     if isinstance(index, RotatedIndex):
         parts["scale"] = state[1].flatten(2)[:, :, :length]
         parts["centre"] = by_group(state[2], index.group_size, length)
-        parts["balance"], parts["rotation"] = state[3:]
+        parts["balance"], parts["rotation"] = state[3], state[-1]
+        if index.refine_bits:
+            parts["codes"], parts["ratio"] = (x.flatten(2, 3)[:, :, :length] for x in state[4:6])
     else:
         parts["scale"] = by_group(state[1], index.group_size, length)
         parts["zero"] = by_group(state[2], index.group_size, length)

@@ -214,15 +214,23 @@ def group_sizes() -> st.SearchStrategy[int]:
 
 
 @st.composite
-def indexes(draw: st.DrawFn, *, head_dims: tuple[int, ...] = HEAD_DIMS) -> KeyIndex:
-    """Any index: FIER bits, or rotated with one or two bits, of any group size."""
-    name, bits = draw(st.sampled_from((("rotated", 1), ("rotated", 2), ("fier", 1))))
+def indexes(
+    draw: st.DrawFn, *, head_dims: tuple[int, ...] = HEAD_DIMS, with_codes: bool = False
+) -> KeyIndex:
+    """Any index: FIER bits, or rotated with one or two bits, of any group size.
+
+    With codes, also one bit with more of them for a second scoring.
+    """
+    kinds = (("rotated", 1, 0), ("rotated", 2, 0), ("fier", 1, 0))
+    coded = tuple(("rotated", 1, bits) for bits in (2, 3, 4)) if with_codes else ()
+    name, bits, refine_bits = draw(st.sampled_from((*kinds, *coded)))
     return make_index(
         name,
         head_dim=draw(st.sampled_from(head_dims)),
         bits=bits,
         group_size=draw(group_sizes()),
         seed=draw(st.integers(0, 3)),
+        refine_bits=refine_bits,
     )
 
 

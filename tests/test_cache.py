@@ -30,6 +30,7 @@ MAX_BATCH = 4
 @st.composite
 def layer_configs(draw: st.DrawFn) -> FierConfig:
     name, bits = draw(st.sampled_from((("rotated", 1), ("rotated", 2), ("fier", 1))))
+    codes = (2, 3, 4, "exact") if (name, bits) == ("rotated", 1) else ("exact",)
     return FierConfig(
         budget=draw(st.sampled_from((8, 64, 600))),
         sinks=2,
@@ -37,6 +38,8 @@ def layer_configs(draw: st.DrawFn) -> FierConfig:
         index=name,
         bits=bits,
         group_size=draw(st.sampled_from((32, 128, 512))),
+        refine=draw(st.sampled_from((0, 0, 3))),
+        refine_bits=draw(st.sampled_from(codes)),
         per_query_head=draw(st.booleans()),
         max_query_length=LONGEST_QUERY,
     )
@@ -132,6 +135,8 @@ class CacheMachine(RuleBasedStateMachine):
             recent=self.config.recent,
             per_query_head=self.config.per_query_head,
             scale=0.3,
+            refine=self.config.refine,
+            keys=None if self.config.code_bits else self.keys,
         )
         unused = min(self.config.budget, self.layer.capacity) - lists.shape[3]
         lists = torch.nn.functional.pad(lists, (0, unused), value=-1)

@@ -19,6 +19,7 @@ INTEGERS = {  # and the least that each may be
     "sinks": 0,
     "recent": 1,
     "bits": 1,
+    "refine": 0,
     "dense_layers": 0,
     "max_query_length": 1,
     "seed": 0,
@@ -30,12 +31,17 @@ FLAGS = ("per_query_head", "compile", "offload")
 def configs(draw: st.DrawFn) -> FierConfig:
     sinks, recent = draw(st.integers(0, 64)), draw(st.integers(1, 256))
     index = draw(st.sampled_from(("rotated", "fier")))
+    bits = draw(st.sampled_from((1, 2))) if index == "rotated" else 1
+    refine = draw(st.just(0) | st.integers(2, 100))
+    has_codes = not refine or (index, bits) == ("rotated", 1)
     return FierConfig(
         budget=sinks + recent + draw(st.integers(0, 10**6)),
         sinks=sinks,
         recent=recent,
         index=index,
-        bits=draw(st.sampled_from((1, 2))) if index == "rotated" else 1,
+        bits=bits,
+        refine=refine,
+        refine_bits=draw(st.sampled_from((2, 3, 4, "exact") if has_codes else ("exact",))),
         group_size=draw(st.none() | st.sampled_from((32, 64, 128, 256, 512))),
         dense_layers=draw(st.integers(0, 100)),
         per_query_head=draw(st.booleans()),
@@ -137,6 +143,13 @@ def test_a_group_is_at_least_a_plane(group_size: int) -> None:
     [
         ({"index": "fier", "bits": 2}, ["bits=2", "'fier'", '"rotated"']),
         ({"bits": 3}, ["bits=3", "'rotated'", "1, 2"]),
+        ({"refine": 1}, ["refine=1", "0, or 2"]),
+        ({"refine_bits": 1}, ["refine_bits=1", "2, 3, 4"]),
+        ({"refine_bits": 2.0}, ["refine_bits=2.0", "exact"]),
+        ({"refine_bits": True}, ["refine_bits=True", "exact"]),
+        ({"refine_bits": "all"}, ["refine_bits='all'", "exact"]),
+        ({"refine": 4, "bits": 2}, ["refine_bits=4", "bits=2", "'exact'"]),
+        ({"refine": 4, "index": "fier"}, ["refine_bits=4", "index='fier'", "'exact'"]),
         ({"index": "rotate"}, ["index", "did you mean 'rotated'?"]),
         ({"backend": "referense"}, ["backend", "did you mean 'reference'?"]),
     ],

@@ -21,15 +21,15 @@ from strategies import Problem, cuts, gaussian, indexes, lengths, problems, seed
 DIMS = (3, 8, 24, 64)
 CAPACITY = 1024
 
-Arguments = tuple[str, int, int, int]
+Arguments = tuple[str, int, int, int, int]
 
 
 def arguments_of(index: KeyIndex) -> Arguments:
     """The index as the library ops take it."""
     if isinstance(index, RotatedIndex):
-        return ("rotated", index.bits, index.group_size, index.seed)
+        return ("rotated", index.bits, index.group_size, index.seed, index.refine_bits)
     assert isinstance(index, FierIndex)
-    return ("fier", 1, index.group_size, 0)
+    return ("fier", 1, index.group_size, 0, 0)
 
 
 # The functional interface.
@@ -362,9 +362,9 @@ def test_retrieving_pads_the_selection_to_a_fixed_width(
     query = layer.queries(num_queries)
     chance = torch.rand((2, 1, num_queries, CAPACITY), generator=layer.generator)
     visible = chance < 0.5 if is_masked else None
-    options = (budget, 1, 2, per_query_head, 0.3, 0.0)
+    options = (budget, 1, 2, per_query_head, 0.3, 0.0, 0)
     found = torch.ops.fierpatch.retrieve(
-        query, layer.state, layer.counters, visible, None, *layer.arguments, *options
+        query, None, layer.state, layer.counters, visible, None, *layer.arguments, *options
     )
     expected = reference.select_from_index(
         index,
@@ -391,7 +391,7 @@ def test_retrieving_pads_the_selection_to_a_fixed_width(
 
 def calls() -> Iterator[Any]:
     """One call of each library op, with and without its options."""
-    for index in (RotatedIndex(16, bits=2), FierIndex(16)):
+    for index in (RotatedIndex(16, bits=2), RotatedIndex(16, refine_bits=3), FierIndex(16)):
         layer = make_layer(index)
         layer.prefill(200)
         name = arguments_of(index)[0]
@@ -403,8 +403,10 @@ def calls() -> Iterator[Any]:
         for per_query_head in (False, True):
             visible = torch.ones(2, 1, 2, CAPACITY, dtype=torch.bool) if per_query_head else None
             sinks = torch.zeros(6) if per_query_head else None
-            options = (*layer.arguments, 40, 4, 16, per_query_head, 0.25, 0.0)
-            retrieve = (layer.queries(2), layer.state, layer.counters, visible, sinks, *options)
+            options = (*layer.arguments, 40, 4, 16, per_query_head, 0.25, 0.0, 0)
+            retrieve = (
+                layer.queries(2), None, layer.state, layer.counters, visible, sinks, *options
+            )  # fmt: skip
             yield f"retrieve {name} {per_query_head}", "retrieve", retrieve
     lists = torch.arange(5).expand(2, 2, 2, 5).contiguous()
     for dtype in (torch.float32, torch.bfloat16):
@@ -456,8 +458,9 @@ def test_a_compiled_step_does_what_an_eager_one_does(index: KeyIndex) -> None:
             key, value, keys, values, state, counters, False, *arguments_of(index)
         )
         lists = torch.ops.fierpatch.retrieve(
-            2 * query, state, counters, None, None, *arguments_of(index), 40, 4, 16, False, 0.3, 0.0
-        )
+            2 * query, keys, state, counters, None, None, *arguments_of(index), 40, 4, 16, False,
+            0.3, 0.0, 2,
+        )  # fmt: skip
         output = torch.ops.fierpatch.attend(2 * query, keys, values, lists, None, 0.3, 0.0)
         return output + 1
 

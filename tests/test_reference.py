@@ -20,6 +20,7 @@ from strategies import (
     DTYPES,
     Problem,
     Shape,
+    channel_offsets,
     gaussian,
     indexes,
     problems,
@@ -300,6 +301,72 @@ def test_selecting_from_the_index_is_scoring_then_selecting(
     scores = reference.index_scores(index, state, query, length)
     expected = select(scores, num_kv_heads=keys.shape[1], visible=visible_of(problem), **chosen)
     assert torch.equal(lists, expected)
+
+
+def two_stages(
+    index: Any,
+    state: list[Tensor],
+    problem: Problem,
+    by_keys: bool,
+    refine: int,
+    budget: int,
+    per_query_head: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Scores of every token by the second stage, and which of them the first one lets through."""
+    query, keys = problem.query, problem.keys
+    num_kv_heads, length = keys.shape[1:3]
+    rest: dict[str, Any] = {"num_kv_heads": num_kv_heads, "per_query_head": per_query_head}
+    rest |= {"sinks": 1, "recent": 3, "visible": visible_of(problem)}
+    bounds = reference.index_scores(index, state, query, length, margin=index.candidate_margin)
+    lists = select(bounds, budget=refine * budget, scale=scale / 2, **rest)
+    is_candidate = torch.from_numpy(oracles.attended_by(lists, query.shape[1], length))
+    scores = reference.exact_scores(query.float(), keys)
+    if not by_keys:
+        every = torch.arange(length).expand(*keys.shape[:2], query.shape[2], length)
+        grouped = query.float().unflatten(1, (num_kv_heads, -1)).transpose(2, 3)
+        scores = index.refined_scores(state, grouped, every).transpose(2, 3).flatten(1, 2)
+    return scores, is_candidate
+
+
+@given(
+    problem=problems(longest=400, head_dims=DIMS, kinds=(gaussian, channel_offsets)),
+    data=st.data(),
+    refine=st.integers(2, 6),
+    budget=st.sampled_from((4, 10, 40, 500)),
+    per_query_head=st.booleans(),
+)
+def test_a_refined_selection_is_that_of_two_stages(
+    problem: Problem, data: st.DataObject, refine: int, budget: int, per_query_head: bool
+) -> None:
+    """By codes or by keys. With a candidate for every token the second stage alone decides."""
+    query, keys = problem.query, problem.keys
+    length, scale = keys.shape[2], query.shape[3] ** -0.5
+    index = data.draw(indexes(head_dims=(query.shape[3],), with_codes=True))
+    by_keys = not getattr(index, "refine_bits", 0)
+    state = build(index, keys)
+    rest: dict[str, Any] = {"budget": budget, "sinks": 1, "recent": 3, "scale": scale}
+    rest["per_query_head"] = per_query_head
+    found = reference.select_from_index(
+        index, state, query, length, visible=problem.visible, refine=refine,
+        keys=keys if by_keys else None, **rest,
+    )  # fmt: skip
+    scores, is_candidate = two_stages(
+        index, state, problem, by_keys, refine, budget, per_query_head, scale
+    )
+    if refine * budget >= length:
+        assert (is_candidate == visible_of(problem)).all()
+    scores = scores.nan_to_num().masked_fill(~is_candidate, -torch.inf)
+    expected = select(scores, num_kv_heads=keys.shape[1], visible=visible_of(problem), **rest)
+    agree = found == expected
+    if agree.all():
+        return
+    # Sums in another order may order two tokens otherwise that are as good as equal.
+    lists = oracles.attended_by(found, query.shape[1], length)
+    others = oracles.attended_by(expected, query.shape[1], length)
+    assert (lists <= is_candidate.numpy()).all()
+    weights = scores.mul(scale).softmax(-1).numpy()
+    assert np.abs((weights * lists).sum(-1) - (weights * others).sum(-1)).max() <= 1e-5
 
 
 @given(

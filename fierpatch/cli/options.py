@@ -102,8 +102,10 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
             continue
         if field.default is not None:
             text += f" (default {field.default})"
-        kind = str if isinstance(field.default, str) else int
+        kind: Callable[[str], int | str] = str if isinstance(field.default, str) else int
         metavar = "NAME" if kind is str else "N"
+        if field.type == "int | str":
+            kind, metavar = _number_or_name, "N|NAME"
         group.add_argument(flag, dest=name, type=kind, metavar=metavar, default=absent, help=text)
 
 
@@ -117,6 +119,10 @@ def _described_fields() -> dict[str, str]:
         name: sentence.rstrip(".").replace("`", "").replace("%", "%%")
         for name, sentence in sentences.items()
     }
+
+
+def _number_or_name(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _positive(text: str) -> int:

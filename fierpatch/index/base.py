@@ -45,6 +45,14 @@ class KeyIndex(Hashable, Protocol):
     def bytes_per_token(self) -> float:
         """Bytes of index a token and KV head, in the limit of a long context."""
 
+    @property
+    def scanned_bytes_per_token(self) -> float:
+        """Those of them that `scores` reads."""
+
+    @property
+    def refined_bytes_per_token(self) -> float:
+        """What `refined_scores` reads of a token, 0 without codes."""
+
     def allocate(
         self, batch_size: int, num_kv_heads: int, num_tokens: int, device: torch.device
     ) -> list[Tensor]:

@@ -40,6 +40,16 @@ class FierIndex:
         """Bits, and two float16 a channel and group: ``D / 8 + 4 D / group_size``."""
         return self.head_dim / 8 + 4 * self.head_dim / self.group_size
 
+    @property
+    def scanned_bytes_per_token(self) -> float:
+        """All of them."""
+        return self.bytes_per_token
+
+    @property
+    def refined_bytes_per_token(self) -> float:
+        """0: it has no codes."""
+        return 0.0
+
     def allocate(
         self, batch_size: int, num_kv_heads: int, num_tokens: int, device: torch.device
     ) -> list[Tensor]:

@@ -95,6 +95,13 @@ class RotatedIndex:
         """What `scores` reads of it: ``bits D / 8 + 2 + 2 D / group_size``."""
         return self.bits * self.head_dim / 8 + 2 + 2 * self.head_dim / self.group_size
 
+    @property
+    def refined_bytes_per_token(self) -> float:
+        """The codes, the signs among the bits, and the scale, 0 without codes."""
+        if not self.refine_bits:
+            return 0.0
+        return self.refinement.bytes_per_token + self.head_dim / 8 + 2
+
     def allocate(
         self, batch_size: int, num_kv_heads: int, num_tokens: int, device: torch.device
     ) -> list[Tensor]:

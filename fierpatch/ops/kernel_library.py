@@ -96,7 +96,7 @@ def _retrieve(
 
 def _retrieve_fake(query: Tensor, *rest: Any) -> Tensor:
     """What `_retrieve` returns, without the numbers."""
-    return retrieve_fake(query, None, *rest, 0)
+    return retrieve_fake(query, None, *rest, 0)  # type: ignore[call-arg]
 
 
 def _attend(

@@ -247,6 +247,20 @@ def test_every_setting_agrees(
     )
 
 
+@pytest.mark.parametrize(
+    "settings", [{"refine_bits": 4}, {"refine_bits": "exact", "bits": 2}], ids=str
+)
+@pytest.mark.parametrize(("family", "base"), [("llama", "sdpa"), ("gpt_oss", "eager")])
+def test_every_refinement_agrees(settings: dict[str, Any], family: str, base: str) -> None:
+    inputs = left_padded(140, (0, 33))
+    assert_agrees(
+        lambda: tiny_model(family, base),
+        lambda model: generate(model, **inputs, max_new_tokens=6),
+        refine=2,
+        **settings,
+    )
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 256, 512])
 @pytest.mark.parametrize("index", ["rotated", "fier"])
 def test_every_group_size_agrees(index: str, group_size: int) -> None:

@@ -15,7 +15,14 @@ from fierpatch import FierCache, FierConfig
 from fierpatch.errors import ConfigError
 from hf.models import WINDOW, prompt, tiny_config, tiny_model
 
-INDEXES = st.sampled_from((("rotated", 1), ("rotated", 2), ("fier", 1)))
+INDEXES = st.sampled_from(
+    (
+        {"index": "rotated"},
+        {"index": "rotated", "bits": 2},
+        {"index": "rotated", "refine": 4, "refine_bits": 3},
+        {"index": "fier", "refine": 4, "refine_bits": "exact"},
+    )
+)
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
@@ -110,10 +117,21 @@ def test_layers_that_different_backends_ran_do_not_share_a_line() -> None:
 
 
 @pytest.mark.parametrize("per_query_head", [False, True])
-def test_a_step_reads_the_index_and_the_budget_of_a_sparse_layer(per_query_head: bool) -> None:
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [
+        ({}, 0),
+        ({"refine": 2, "refine_bits": 4}, 4 * 16 / 8 + 1 + 2),  # all bits, the ratio, the scale
+        ({"refine": 2, "refine_bits": "exact"}, 16 * 4),
+    ],
+    ids=["one bit", "codes", "keys"],
+)
+def test_a_step_reads_the_index_and_the_budget_of_a_sparse_layer(
+    settings: dict[str, Any], again: float, per_query_head: bool
+) -> None:
     """And of a dense or sliding one, the K and V of the tokens it sees."""
     model = tiny_model("gemma3")
-    with fierpatch.apply(model, budget=50, per_query_head=per_query_head) as handle:
+    with fierpatch.apply(model, budget=50, per_query_head=per_query_head, **settings) as handle:
         model.generate(prompt(199), max_new_tokens=2)
         report = handle.report()
     row = 2 * 16 * 4  # K and V of 16 channels in float32
@@ -123,6 +141,7 @@ def test_a_step_reads_the_index_and_the_budget_of_a_sparse_layer(per_query_head:
     assert sliding.tokens_attended == WINDOW
     scanned = 200 * (16 / 8 + 2 + 2 * 16 / 128)  # bits, a scale, a share of the group's centre
     lists = groups if per_query_head else 1
+    scanned += lists * 100 * again
     assert sparse.bytes_read == heads * (scanned + lists * 50 * row)
     assert sparse.bytes_read_dense == dense.bytes_read == heads * 200 * row
     assert sliding.bytes_read == sliding.bytes_read_dense == heads * WINDOW * row
@@ -142,7 +161,7 @@ def test_a_step_reads_the_index_and_the_budget_of_a_sparse_layer(per_query_head:
 def test_an_estimate_is_what_a_prompt_of_that_length_allocates(
     context: int,
     batch: int,
-    index: tuple[str, int],
+    index: dict[str, Any],
     group_size: int | None,
     dense_layers: int,
     dtype: torch.dtype,
@@ -150,8 +169,7 @@ def test_an_estimate_is_what_a_prompt_of_that_length_allocates(
 ) -> None:
     config = tiny_config(family)
     options: dict[str, Any] = {
-        "index": index[0],
-        "bits": index[1],
+        **index,
         "group_size": group_size,
         "dense_layers": dense_layers,
     }

@@ -41,7 +41,7 @@ from strategies import (
 )
 
 SMALL_DIMS = (3, 8, 24, 64)
-small_indexes = indexes(head_dims=SMALL_DIMS)
+small_indexes = indexes(with_codes=True, head_dims=SMALL_DIMS)
 kinds = st.sampled_from(TAME + WILD)
 
 
@@ -225,7 +225,7 @@ def test_a_key_counts_as_the_nearest_that_float16_holds(
 
 
 @given(
-    index=indexes(),
+    index=indexes(with_codes=True),
     kind=st.sampled_from(TAME),
     num_queries=st.integers(1, 5),
     length=lengths(700),
@@ -351,6 +351,8 @@ def test_an_empty_state_has_room_in_whole_tiles(
     [
         (RotatedIndex(128, bits=1, group_size=128), 20),
         (RotatedIndex(128, bits=2, group_size=128), 36),
+        (RotatedIndex(128, refine_bits=2), 37),
+        (RotatedIndex(128, refine_bits=4), 69),
         (FierIndex(128, group_size=32), 32),
     ],
 )
@@ -361,7 +363,7 @@ def test_bytes_a_token_are_those_of_the_method(index: KeyIndex, expected: float)
     )
 
 
-@given(index=indexes(), batch_size=st.integers(1, 2), heads=st.integers(1, 3))
+@given(index=indexes(with_codes=True), batch_size=st.integers(1, 2), heads=st.integers(1, 3))
 @example(index=RotatedIndex(256, bits=2, group_size=32), batch_size=1, heads=1)
 def test_the_formula_for_bytes_is_what_a_long_state_takes(
     index: KeyIndex, batch_size: int, heads: int
