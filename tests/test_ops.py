@@ -68,21 +68,23 @@ def test_keys_may_be_appended_later(
     data=st.data(),
     budget=st.integers(4, 310),
     per_query_head=st.booleans(),
+    refine=st.sampled_from((0, 2)),
 )
 def test_retrieval_is_selection_then_attention(
-    problem: Problem, data: st.DataObject, budget: int, per_query_head: bool
+    problem: Problem, data: st.DataObject, budget: int, per_query_head: bool, refine: int
 ) -> None:
     """By the operators of the same names, with scale 1 / sqrt(D); padding gives no NaN."""
-    index = data.draw(indexes(head_dims=(problem.query.shape[3],)))
+    index = data.draw(indexes(head_dims=(problem.query.shape[3],), with_codes=True))
     query, keys, values = problem.query, problem.keys, problem.values
     state = ops.build_index(index, keys)
-    options: dict[str, Any] = {"budget": budget, "sinks": 1, "recent": 3}
+    options: dict[str, Any] = {"budget": budget, "sinks": 1, "recent": 3, "refine": refine}
     options |= {"per_query_head": per_query_head, "visible": problem.visible}
     output, lists = ops.retrieval_attention(query, keys, values, index, state, **options)
     scale = query.shape[3] ** -0.5
     expected = reference.select_from_index(
-        index, state, query, keys.shape[2], scale=scale, **options
-    )
+        index, state, query, keys.shape[2], scale=scale,
+        keys=keys if not getattr(index, "refine_bits", 0) else None, **options,
+    )  # fmt: skip
     assert torch.equal(lists, expected)
     attended = ops.gather_attention(query, keys, values, lists, scale=scale)
     assert torch.equal(output, attended)

@@ -84,6 +84,7 @@ def retrieval_attention(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     visible: Tensor | None = None,
+    refine: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Score by the index, select under the budget, attend exactly over the selection.
 
@@ -93,6 +94,8 @@ def retrieval_attention(
         index, state: from `build_index`, holding all S tokens.
         scale: multiplies ``q . k``; None means ``1 / sqrt(D)``.
         visible: bool, broadcastable to ``[B, 1, T, S]``; None means causal.
+        refine: candidates that are scored again, in multiples of the budget: by the index's codes
+            where it has any, else by the keys; 0 means none.
 
     Returns:
         Output ``[B, Hq, T, Dv]`` and token indices ``[B, H or Hq, T, min(budget, S)]``.
@@ -127,6 +130,8 @@ def retrieval_attention(
         softcap=softcap,
         sink_logits=sink_logits,
         visible=visible,
+        refine=refine,
+        keys=None if index.refined_bytes_per_token else keys,
     )
     output = gather_attention(
         query,
