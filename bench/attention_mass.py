@@ -26,7 +26,7 @@ from fierpatch import ops
 from fierpatch.evaluate import smollm2
 from fierpatch.evaluate.texts import persuasion
 from fierpatch.hf.checkpoints import load
-from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
+from fierpatch.index import FierIndex, RotatedIndex
 from fierpatch.reference import select_from_index
 from fierpatch.select import attention_weights, top_k
 
@@ -123,20 +123,23 @@ def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
             scores, num_kv_heads=num_kv_heads, scale=scale, visible=visible
         ).masked_fill(~visible, -torch.inf)
         results.append((name, masses_of(partial(top_k, priority)), size))
-    for refine_bits in (2, 3, 4, 0):
+
+    def refined(refine_bits: int) -> tuple[str, Tensor, float]:
+        """By codes of so many bits, or by the keys for 0."""
         index = RotatedIndex(head_dim, refine_bits=refine_bits)
         state = ops.build_index(index, key, query=calibration)
 
-        def refined(budget: int, index: KeyIndex = index, state: list[Tensor] = state) -> Tensor:
-            by_keys = not refine_bits  # noqa: B023  (called before the next round)
+        def choose(budget: int) -> Tensor:
             return select_from_index(
                 index, state, asked, length, budget=budget, sinks=0, recent=0, scale=scale,
-                per_query_head=False, visible=visible, refine=REFINE, keys=key if by_keys else None,
+                per_query_head=False, visible=visible, refine=REFINE,
+                keys=None if refine_bits else key,
             )  # fmt: skip
 
         by = f"{refine_bits} bits" if refine_bits else "keys"
-        results.append((f"1 bit, refined by {by}", masses_of(refined), index.bytes_per_token))
-    return results
+        return f"1 bit, refined by {by}", masses_of(choose), index.bytes_per_token
+
+    return results + [refined(refine_bits) for refine_bits in (2, 3, 4, 0)]
 
 
 def quest_scores(query: Tensor, key: Tensor, page_size: int = 16) -> Tensor:

@@ -15,7 +15,7 @@ INDEXES = ("rotated", "fier")
 BACKENDS = ("auto", "triton", "reference")
 PLANNED_BACKENDS = ("flex",)
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
-REFINE_BITS = (2, 3, 4)  # in all, of the codes that candidates are scored by
+REFINE_BITS = (2, 3, 4)  # those of the index's own, which this module cannot import: it loads torch
 _MOST = (1 << 63) - 1
 
 
@@ -150,6 +150,11 @@ class FierConfig:
     def code_bits(self) -> int:
         """`refine_bits` where the index has codes for it, else 0."""
         return self.refine_bits if self.refine and isinstance(self.refine_bits, int) else 0
+
+    @property
+    def refines_by_keys(self) -> bool:
+        """Whether candidates are scored again by the keys themselves."""
+        return self.refine > 0 and not self.code_bits
 
     def to_json(self) -> str:
         """The settings as a JSON object; `from_json` gives an equal config back."""

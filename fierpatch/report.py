@@ -13,7 +13,8 @@ from fierpatch.cache import BUCKET_SIZE, LayerFacts
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError
 from fierpatch.hf.support import LayerLayout, layer_layout
-from fierpatch.index import KeyIndex, make_index, nbytes
+from fierpatch.index import nbytes
+from fierpatch.ops.operators import layer_index
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def estimate(
             kv_bytes = heads * row * capacity
             index_bytes = 0
             if number >= settings.dense_layers:
-                index = _make_index(settings, layer)
+                index = layer_index(settings, layer.head_dim)
                 meta = torch.device("meta")
                 state = index.allocate(batch, layer.num_kv_heads, capacity, meta)
                 index_bytes = nbytes(index, state)
@@ -258,9 +259,8 @@ def _layer_report(
         # With a list a query head, each KV head's rows are read by every list of its group.
         num_lists = layer.num_query_heads // layer.num_kv_heads if settings.per_query_head else 1
         gathered = num_lists * attended
-        index = _make_index(settings, layer)
-        by_keys = settings.refine and not settings.code_bits
-        again = key_row if by_keys else index.refined_bytes_per_token
+        index = layer_index(settings, layer.head_dim)
+        again = key_row if settings.refines_by_keys else index.refined_bytes_per_token
         candidates = num_lists * min(settings.refine * settings.budget, length)
         scanned = length * index.scanned_bytes_per_token + candidates * again
         read = round(shape.heads * (scanned + gathered * (key_row + value_row)))
@@ -288,20 +288,10 @@ def _layer_report(
     )
 
 
-def _make_index(settings: FierConfig, layer: LayerLayout) -> KeyIndex:
-    return make_index(
-        settings.index,
-        head_dim=layer.head_dim,
-        bits=settings.bits,
-        group_size=settings.index_group_size,
-        refine_bits=settings.code_bits,
-    )
-
-
 def _refined(settings: FierConfig) -> str:
     if not settings.refine:
         return ""
-    by = f"{settings.code_bits} bits" if settings.code_bits else "the keys"
+    by = "the keys" if settings.refines_by_keys else f"{settings.code_bits} bits"
     return f"{settings.refine} x refined by {by}, "
 
 

@@ -364,9 +364,9 @@ def test_retrieving_pads_the_selection_to_a_fixed_width(
     query = layer.queries(num_queries)
     chance = torch.rand((2, 1, num_queries, CAPACITY), generator=layer.generator)
     visible = chance < 0.5 if is_masked else None
-    options = (budget, 1, 2, per_query_head, 0.3, 0.0, 0)
+    options = (budget, 1, 2, per_query_head, 0.3, 0.0, 0, None)
     found = torch.ops.fierpatch.retrieve(
-        query, None, layer.state, layer.counters, visible, None, *layer.arguments, *options
+        query, layer.state, layer.counters, visible, None, *layer.arguments, *options
     )
     expected = reference.select_from_index(
         index,
@@ -405,10 +405,8 @@ def calls() -> Iterator[Any]:
         for per_query_head in (False, True):
             visible = torch.ones(2, 1, 2, CAPACITY, dtype=torch.bool) if per_query_head else None
             sinks = torch.zeros(6) if per_query_head else None
-            options = (*layer.arguments, 40, 4, 16, per_query_head, 0.25, 0.0, 0)
-            retrieve = (
-                layer.queries(2), None, layer.state, layer.counters, visible, sinks, *options
-            )  # fmt: skip
+            options = (*layer.arguments, 40, 4, 16, per_query_head, 0.25, 0.0, 0, None)
+            retrieve = (layer.queries(2), layer.state, layer.counters, visible, sinks, *options)
             yield f"retrieve {name} {per_query_head}", "retrieve", retrieve
     lists = torch.arange(5).expand(2, 2, 2, 5).contiguous()
     for dtype in (torch.float32, torch.bfloat16):
@@ -460,8 +458,8 @@ def test_a_compiled_step_does_what_an_eager_one_does(index: KeyIndex) -> None:
             key, value, keys, values, state, counters, False, *arguments_of(index)
         )
         lists = torch.ops.fierpatch.retrieve(
-            2 * query, keys, state, counters, None, None, *arguments_of(index), 40, 4, 16, False,
-            0.3, 0.0, 2,
+            2 * query, state, counters, None, None, *arguments_of(index), 40, 4, 16, False,
+            0.3, 0.0, 2, keys,
         )  # fmt: skip
         output = torch.ops.fierpatch.attend(2 * query, keys, values, lists, None, 0.3, 0.0)
         return output + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 # The step of a uniform quantiser of a normal variable with the least squared error, in units of its
 # deviation, by bits in all (Max, 1960).
 STEPS = {2: 0.996, 3: 0.586, 4: 0.335}
+REFINE_BITS = tuple(STEPS)
 NUM_CODES = 2  # tensors of a state
 _OCTAVE = 128  # steps of the ratio's byte
 

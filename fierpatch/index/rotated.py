@@ -11,13 +11,12 @@ from torch import Tensor
 from fierpatch.errors import ConfigError
 from fierpatch.index.base import check_group_size, finite_keys, to_float16
 from fierpatch.index.packing import ROWS, TILE_SIZE, num_tiles, plane_dot, read_bits, write_bits
-from fierpatch.index.refinement import NUM_CODES, Refinement
+from fierpatch.index.refinement import NUM_CODES, REFINE_BITS, Refinement
 from fierpatch.index.rotation import rotate, rotation_matrix
 
 # Levels -3, -1, 1, 3 with the step at 0.9816 sigma: the 4-level uniform-ratio quantiser of a normal
 # variable with the least squared error (Max, 1960).
 TWO_BIT_THRESHOLD = 0.9816
-REFINE_BITS = (2, 3, 4)
 MIN_CALIBRATION_TOKENS = 128
 _CALIBRATION_GROUPS = 32
 _TOKENS_AT_ONCE = 8192  # bounds the temporaries of a long append

@@ -320,11 +320,11 @@ def _attend(
         room = allocate(num_floats)
     most, total = room[outputs_size:], room[outputs_size + sums_size :]
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
-    logits, has_list = Logits(scale, softcap), token_indices is not None
+    logits = Logits(scale, softcap)
     attend_specialization(
         head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype,
         logits.has_cap, None if sink_logits is None else sink_logits.dtype, counters is not None,
-        has_list, visible is not None,
+        token_indices is not None, visible is not None,
     ).launch(
         (num_rows, splits, 1),
         query, keys, values, token_indices, visible, sink_logits, counters,

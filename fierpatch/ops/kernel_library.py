@@ -5,8 +5,6 @@ Eager models call the kernels as they are, see `fierpatch.ops.kernel_operators`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
-from fierpatch.ops.library import attend_fake, index_like, retrieve_fake
+from fierpatch.ops.library import attend_fake, named_index, retrieve_fake
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -59,8 +57,9 @@ def _append(
     refine_bits: int,
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
-    is_indexed = bool(state) and not is_prompt
-    key_index = index_like(index, bits, group_size, seed, refine_bits, keys) if is_indexed else None
+    key_index = None
+    if state and not is_prompt:
+        key_index = named_index(index, bits, group_size, seed, refine_bits, keys.shape[3])
     appending.append(key_index, key, value, keys, values, state, counters)
 
 
@@ -83,7 +82,7 @@ def _retrieve(
     softcap: float,
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
-    key_index = index_like(index, bits, group_size, seed, refine_bits, query)
+    key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
     shape = Shape.of(key_index, query, state[0], budget=budget, per_query_head=per_query_head)
     scratch = Scratch(shape, query.device)
     logits = Logits(scale, softcap)
@@ -92,11 +91,6 @@ def _retrieve(
         shape, scratch, counters, sinks=sinks, recent=recent,
         sink_logits=sink_logits, has_mask=visible is not None,
     )  # fmt: skip
-
-
-def _retrieve_fake(query: Tensor, *rest: Any) -> Tensor:
-    """What `_retrieve` returns, without the numbers."""
-    return retrieve_fake(query, None, *rest, 0)  # type: ignore[call-arg]
 
 
 def _attend(
@@ -141,5 +135,5 @@ _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_retrieve", _retrieve_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)

@@ -36,9 +36,9 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "retrieve(Tensor query, Tensor? keys, Tensor[] state, Tensor counters, Tensor? visible, "
+    "retrieve(Tensor query, Tensor[] state, Tensor counters, Tensor? visible, "
     f"Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
-    "float scale, float softcap, int refine) -> Tensor",
+    "float scale, float softcap, int refine, Tensor? keys) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -69,7 +69,7 @@ def _append(
     keys[:, :, stored:stop] = key
     values[:, :, stored:stop] = value
     if state and not is_prompt:
-        index_like(index, bits, group_size, seed, refine_bits, keys).append(
+        named_index(index, bits, group_size, seed, refine_bits, keys.shape[3]).append(
             state, keys, indexed, stop
         )
         indexed = stop
@@ -88,7 +88,7 @@ def _index_prompt(
     refine_bits: int,
 ) -> None:
     """Index a prompt by its own queries."""
-    key_index = index_like(index, bits, group_size, seed, refine_bits, keys)
+    key_index = named_index(index, bits, group_size, seed, refine_bits, keys.shape[3])
     progress = counters.tolist()[:3]
     stored, indexed, calibrated = calibrate_prompt(key_index, query, keys, state, progress)
     key_index.append(state, keys, indexed, stored)
@@ -97,7 +97,6 @@ def _index_prompt(
 
 def _retrieve(
     query: Tensor,
-    keys: Tensor | None,
     state: list[Tensor],
     counters: Tensor,
     visible: Tensor | None,
@@ -114,6 +113,7 @@ def _retrieve(
     scale: float,
     softcap: float,
     refine: int,
+    keys: Tensor | None,
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1.
 
@@ -121,7 +121,7 @@ def _retrieve(
     """
     length = int(counters[0])
     token_indices = reference.select_from_index(
-        index_like(index, bits, group_size, seed, refine_bits, query),
+        named_index(index, bits, group_size, seed, refine_bits, query.shape[3]),
         state,
         query,
         length,
@@ -143,7 +143,6 @@ def _retrieve(
 
 def retrieve_fake(
     query: Tensor,
-    keys: Tensor | None,
     state: list[Tensor],
     counters: Tensor,
     visible: Tensor | None,
@@ -159,7 +158,7 @@ def retrieve_fake(
     per_query_head: bool,
     scale: float,
     softcap: float,
-    refine: int,
+    *rest: Any,
 ) -> Tensor:
     """What `_retrieve` returns, without the numbers."""
     num_lists = query.shape[1] if per_query_head else state[0].shape[1]
@@ -243,13 +242,13 @@ torch.library.register_fake("fierpatch::retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::attend", attend_fake, lib=_LIBRARY)
 
 
-def index_like(
-    name: str, bits: int, group_size: int, seed: int, refine_bits: int, like: Tensor
+def named_index(
+    name: str, bits: int, group_size: int, seed: int, refine_bits: int, head_dim: int
 ) -> KeyIndex:
-    """The index that an op names, for the head_dim of ``like [..., D]``."""
+    """The index that an op names, for keys of `head_dim` channels."""
     return make_index(
         name,
-        head_dim=like.shape[3],
+        head_dim=head_dim,
         bits=bits,
         group_size=group_size,
         seed=seed,

@@ -9,10 +9,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-import fierpatch.ops.library  # noqa: F401  (registers torch.ops.fierpatch)
 from fierpatch.config import FierConfig
 from fierpatch.errors import BackendError, MissingDependencyError
-from fierpatch.index import KeyIndex, make_index
+from fierpatch.index import KeyIndex
+from fierpatch.ops.library import named_index  # and registers torch.ops.fierpatch
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
@@ -159,9 +159,9 @@ class ReferenceOperators:
         """See `Operators`."""
         config = self.config
         token_indices = torch.ops.fierpatch.retrieve.default(
-            query, None if config.code_bits or not config.refine else keys, state, counters,
-            visible, sink_logits, *index_arguments(config), config.budget, config.sinks,
-            config.recent, config.per_query_head, scale, softcap, config.refine,
+            query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
+            config.sinks, config.recent, config.per_query_head, scale, softcap,
+            config.refine, keys if config.refines_by_keys else None,
         )  # fmt: skip
         output = torch.ops.fierpatch.attend.default(
             query, keys, values, token_indices, sink_logits, scale, softcap
@@ -190,15 +190,7 @@ def index_arguments(config: FierConfig) -> tuple[str, int, int, int, int]:
 
 def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:
     """The index that the settings ask for, for keys of `head_dim` channels."""
-    name, bits, group_size, seed, refine_bits = index_arguments(config)
-    return make_index(
-        name,
-        head_dim=head_dim,
-        bits=bits,
-        group_size=group_size,
-        seed=seed,
-        refine_bits=refine_bits,
-    )
+    return named_index(*index_arguments(config), head_dim)
 
 
 def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:

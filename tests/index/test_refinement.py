@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
+from fierpatch import config
 from fierpatch.errors import ConfigError
 from fierpatch.index import FierIndex, RotatedIndex
-from fierpatch.index.refinement import STEPS, Refinement
+from fierpatch.index.refinement import REFINE_BITS, STEPS, Refinement
 from fierpatch.index.rotation import rotate
 from states import build, held
 from strategies import gaussian, group_sizes, seeds
@@ -137,6 +138,10 @@ def test_every_bit_halves_the_error() -> None:
     for more, fewer in zip(errors[1:], errors[:-1], strict=True):
         assert more < 0.65 * fewer
     assert errors[-1] < 0.17 * errors[0]
+
+
+def test_settings_allow_the_bits_that_there_are() -> None:
+    assert config.REFINE_BITS == REFINE_BITS
 
 
 def test_an_index_without_codes_says_so() -> None:
