@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fierpatch.kernels.constants import LOG2_E
+from fierpatch.kernels.early import await_previous, can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.logits import Logits, cap
 
@@ -86,10 +87,12 @@ def gather_attention_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_COUNTERS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """The query heads of one list over one split of it; a row is ``(b, list, t)``.
 
-    Without a list, over one split of all tokens stored that the mask, or causality, allows.
+    Without a list, over one split of all tokens stored that the mask, or causality, allows. With
+    one, it starts beside the kernel that writes the list.
 
     The softmax is online (Milakov and Gimelshein, arXiv 1805.02867). Its logits turn into units of
     log2 as differences to the largest, which are near 0 where the weight is not.
@@ -112,8 +115,10 @@ def gather_attention_kernel(
         query_ptr + head[:, None].to(tl.int64) * stride_h + channel[None, :],
         mask=(head < HEADS)[:, None] & (channel < D)[None, :],
         other=0.0,
+        cache_modifier=".cg",
     )
     if HAS_LIST:
+        await_previous(IS_EARLY)
         token_index_ptr += row * width
     else:
         width = tl.minimum(tl.load(counters_ptr).to(tl.int32), capacity)
@@ -325,6 +330,7 @@ def _attend(
         head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype,
         logits.has_cap, None if sink_logits is None else sink_logits.dtype, counters is not None,
         token_indices is not None, visible is not None,
+        token_indices is not None and can_start_early(query.device),
     ).launch(
         (num_rows, splits, 1),
         query, keys, values, token_indices, visible, sink_logits, counters,
@@ -353,6 +359,7 @@ def attend_specialization(
     has_counters: bool,
     has_list: bool,
     has_mask: bool,
+    is_early: bool,
 ) -> Specialization:
     """Of `gather_attention_kernel`."""
     widest, is_float32 = max(head_dim, value_head_dim), dtype == torch.float32
@@ -374,7 +381,14 @@ def attend_specialization(
         "HAS_CAP": has_cap,
         "HAS_SINK": sink_dtype is not None,
         "HAS_COUNTERS": has_counters,
+        "IS_EARLY": is_early,
     }
     # A list is a block or two a program; all tokens are many, and worth fetching ahead.
     num_stages = 1 if has_list else 3
-    return Specialization(gather_attention_kernel, constants, num_warps=4, num_stages=num_stages)
+    return Specialization(
+        gather_attention_kernel,
+        constants,
+        num_warps=4,
+        num_stages=num_stages,
+        is_early=is_early,
+    )

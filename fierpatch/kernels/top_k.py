@@ -316,6 +316,7 @@ def compact_kernel(
     num_chosen = tl.where(has_cut, budget, above)
     over += tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
     tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
+    start_next(IS_EARLY)
     token_index_ptr += row * width
     for block in range(chunk * blocks, chunk * blocks + blocks):
         token = block * BLOCK + tl.arange(0, BLOCK)

@@ -127,7 +127,7 @@ def decode(
 def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
     """Every kernel once with each set of constants, by a name that says which."""
     launches = record()
-    for module in (append, retrieve):
+    for module in (append, attention, retrieve):
         module.can_start_early = lambda device: arch >= 90  # type: ignore[assignment]
     bf16 = torch.bfloat16
     attend, score_rotated = "gather_attention_kernel", "rotated_scores_kernel"
