@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--index", default="rotated")
     parser.add_argument("--bits", type=int, default=1)
+    parser.add_argument("--refine", type=int, default=0, help="candidates, in budgets")
+    parser.add_argument("--refine-bits", default="4", help="2, 3, 4 or exact")
     parser.add_argument("--backend", help="triton, or auto on a CPU")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--output", type=Path, help="the file of rows")
@@ -73,6 +75,8 @@ def main(arguments: list[str]) -> None:
         budget=options.budget,
         index=options.index,
         bits=options.bits,
+        refine=options.refine,
+        refine_bits=bits_of(options.refine_bits),
         compile=True,
         backend=options.backend or ("auto" if is_cpu else "triton"),
     )
@@ -148,6 +152,8 @@ def measure(
         "budget": settings.budget,
         "index": settings.index,
         "bits": settings.bits,
+        "refine": settings.refine,
+        "refine_bits": settings.refine_bits if settings.refine else None,
         "backend": settings.backend,
         "repeats": repeats,
         "kv_mib": nbytes / 2**20,
@@ -230,7 +236,14 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
     config, scale = layer.config, query.shape[3] ** -0.5
     state, counters, logits = layer.state, layer.counters, Logits(scale)
     index, per_query_head = layer.operators.index, config.per_query_head
-    shape = Shape.of(index, query, state[0], budget=config.budget, per_query_head=per_query_head)
+    shape = Shape.of(
+        index,
+        query,
+        state[0],
+        budget=config.budget,
+        per_query_head=per_query_head,
+        refine=config.refine,
+    )
     scratch = Scratch(shape, query.device)
     arrivals = torch.zeros(shape.rows, dtype=torch.int32, device=query.device)
 
@@ -240,11 +253,26 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
     def select() -> Tensor:
         return retrieve.select(shape, scratch, counters, sinks=config.sinks, recent=config.recent)
 
+    def score_candidates() -> None:
+        keys = layer.keys if config.refines_by_keys else None
+        retrieve.score_candidates(shape, scratch, query, state, logits, keys)
+
+    def select_candidates() -> Tensor:
+        return retrieve.select_candidates(
+            shape, scratch, sinks=config.sinks, recent=config.recent
+        )
+
     score()
     chosen = select()
+    second: dict[str, Callable[[], object]] = {}
+    if shape.refine:
+        score_candidates()
+        chosen = select_candidates()
+        second = {"candidates": score_candidates, "select of them": select_candidates}
     return {
         "query and scores": score,
         "select": select,
+        **second,
         "attend to rows": lambda: attention.gather_attention(
             query,
             layer.keys,

@@ -13,7 +13,7 @@ from torch import Tensor
 STEPS = {2: 0.996, 3: 0.586, 4: 0.335}
 REFINE_BITS = tuple(STEPS)
 NUM_CODES = 2  # tensors of a state
-_OCTAVE = 128  # steps of the ratio's byte
+OCTAVE = 128  # steps of the ratio's byte
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Refinement:
             level += magnitude >= least * step
         overlap = (magnitude * (level.double() + 0.5)).sum(-1)
         own = torch.where(overlap > 0, energy / overlap, 0.0)
-        known = scale.double() * self._usual_ratio
+        known = scale.double() * self.usual_ratio
         ratio = torch.where((known > 0) & (own > 0), own / known, 1.0)
-        byte = (ratio.log2() * _OCTAVE).round().clamp(-128, 127) + 128
+        byte = (ratio.log2() * OCTAVE).round().clamp(-128, 127) + 128
         bits = [(level >> bit) & 1 for bit in reversed(range(self.bits - 1))]
         return _pack(torch.stack(bits, dim=-2)), byte.to(torch.uint8).unsqueeze(-1)
 
@@ -85,12 +85,12 @@ class Refinement:
         for bit in range(self.bits - 1):
             level = 2 * level + bits[..., bit, :]
         magnitude = level + 0.5
-        exponent = (ratio.squeeze(-1).float() - 128) / _OCTAVE
-        return torch.where(is_high, magnitude, -magnitude), exponent.exp2() * self._usual_ratio
+        exponent = (ratio.squeeze(-1).float() - 128) / OCTAVE
+        return torch.where(is_high, magnitude, -magnitude), exponent.exp2() * self.usual_ratio
 
     @property
-    def _usual_ratio(self) -> float:
-        """Of the scales of a normal variable."""
+    def usual_ratio(self) -> float:
+        """Of the two scales, for a normal variable."""
         return STEPS[self.bits] / math.sqrt(math.pi / 2)
 
 

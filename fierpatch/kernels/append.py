@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
+from fierpatch.index.refinement import STEPS, Refinement
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import ROWS, TILE_SIZE
@@ -23,6 +24,7 @@ from fierpatch.kernels.quantize import (
     multiply_factors,
     quantize_fier,
     quantize_rotated,
+    store_codes,
 )
 
 _STORE_BLOCK = 64  # tokens a program stores of a prompt
@@ -81,6 +83,8 @@ def _append_one(
     centre_ptr,
     balance_ptr,
     rotation_ptr,
+    codes_ptr,
+    ratio_ptr,
     counters_ptr,
     token,
     D: tl.constexpr,
@@ -92,6 +96,9 @@ def _append_one(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    REFINE: tl.constexpr,
+    STEP: tl.constexpr,
+    USUAL_RATIO: tl.constexpr,
 ):
     """Store and quantise, as `quantize_rotated` does, one token that leaves its group open.
 
@@ -136,7 +143,13 @@ def _append_one(
         low = tl.reshape(low.to(tl.int32), [BLOCK_D]) * mark
         low_word = (low_word & (mark ^ 0xFFFF)) | low
         tl.store(word_ptr + ROWS * D, low_word.to(tl.int16), mask=inside)
-    tl.store(scale_ptr + token + tl.arange(0, 1), scale)
+    alone = token + tl.arange(0, 1)
+    tl.store(scale_ptr + alone, scale)
+    if REFINE > 0:
+        store_codes(
+            codes_ptr, ratio_ptr, x[None, :], scale, alone, alone >= 0,
+            D, REFINE, STEP, USUAL_RATIO,
+        )  # fmt: skip
     return arrived
 
 
@@ -148,6 +161,8 @@ def _quantize(
     third_ptr,
     balance_ptr,
     rotation_ptr,
+    codes_ptr,
+    ratio_ptr,
     row,
     tiles,
     tile,
@@ -162,16 +177,23 @@ def _quantize(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    REFINE: tl.constexpr,
+    STEP: tl.constexpr,
+    USUAL_RATIO: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
 ):
     """One tile of the index of KV head `row`; `third_ptr` is its centre or zero."""
     planes_ptr += row * tiles * (BITS * ROWS * D)
     third_ptr += row * tiles * (TILE_SIZE // GROUP * D)
     if INDEX == 1:
+        if REFINE > 0:
+            codes_ptr += row * tiles * (TILE_SIZE * (REFINE - 1) * ((D + 7) // 8))
+            ratio_ptr += row * tiles * TILE_SIZE
         quantize_rotated(
             keys_ptr, planes_ptr, scale_ptr + row * tiles * TILE_SIZE, third_ptr,
-            balance_ptr + row * D, rotation_ptr, tile, start, stop,
-            D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, ONE_BY_ONE,
+            balance_ptr + row * D, rotation_ptr, codes_ptr, ratio_ptr, tile, start, stop,
+            D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
+            REFINE, STEP, USUAL_RATIO, ONE_BY_ONE,
         )  # fmt: skip
     else:
         scale_ptr += row * tiles * (TILE_SIZE // GROUP * D)
@@ -196,6 +218,8 @@ def append_kernel(
     third_ptr,
     balance_ptr,
     rotation_ptr,
+    codes_ptr,
+    ratio_ptr,
     counters_ptr,
     num_new,
     capacity,
@@ -219,6 +243,9 @@ def append_kernel(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    REFINE: tl.constexpr,
+    STEP: tl.constexpr,
+    USUAL_RATIO: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     """Store tokens at the counter, index what is not indexed yet, move the counter on.
@@ -259,13 +286,17 @@ def append_kernel(
         # The usual step.
         if stored % GROUP != 0:
             start_next(IS_EARLY)
+        if REFINE > 0:
+            codes_ptr += row * tiles * (TILE_SIZE * (REFINE - 1) * ((D + 7) // 8))
+            ratio_ptr += row * tiles * TILE_SIZE
         arrived = _append_one(
             key_ptr, value_ptr, keys_ptr, values_ptr,
             planes_ptr + row * tiles * (BITS * ROWS * D),
             scale_ptr + row * tiles * TILE_SIZE,
             third_ptr + row * tiles * (TILE_SIZE // GROUP * D),
-            balance_ptr + row * D, rotation_ptr, counters_ptr, stored,
+            balance_ptr + row * D, rotation_ptr, codes_ptr, ratio_ptr, counters_ptr, stored,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
+            REFINE, STEP, USUAL_RATIO,
         )  # fmt: skip
     else:
         # Every program of a head stores all of its new tokens: each may quantise any of them.
@@ -284,8 +315,9 @@ def append_kernel(
         for tile in range(first_tile + part, tl.cdiv(stop, TILE_SIZE), tl.num_programs(0)):
             _quantize(
                 keys_ptr, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
-                row, tiles, tile, start, stop,
-                INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, True,
+                codes_ptr, ratio_ptr, row, tiles, tile, start, stop,
+                INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
+                REFINE, STEP, USUAL_RATIO, True,
             )  # fmt: skip
         arrived = _arrive(counters_ptr)
     if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
@@ -303,6 +335,8 @@ def index_kernel(
     third_ptr,
     balance_ptr,
     rotation_ptr,
+    codes_ptr,
+    ratio_ptr,
     start,
     stop,
     capacity,
@@ -316,13 +350,17 @@ def index_kernel(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    REFINE: tl.constexpr,
+    STEP: tl.constexpr,
+    USUAL_RATIO: tl.constexpr,
 ):
     """Index tokens ``start .. stop`` of the stored keys, one program a tile and KV head."""
     row = tl.program_id(1).to(tl.int64)
     _quantize(
         keys_ptr + row * capacity * D, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
-        row, tiles, start // TILE_SIZE + tl.program_id(0), start, stop,
-        INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD, False,
+        codes_ptr, ratio_ptr, row, tiles, start // TILE_SIZE + tl.program_id(0), start, stop,
+        INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
+        REFINE, STEP, USUAL_RATIO, False,
     )  # fmt: skip
 
 
@@ -352,7 +390,7 @@ def append(
     else:
         parts = 1 if num_new == 1 else triton.cdiv(num_new, TOKENS_PER_TILE) + 1
     grid = (parts, batch_size * num_heads, 1)
-    tensors, tiles = _tensors(state), state[0].shape[2] if state else 0
+    tensors, tiles = state_arguments(index, state), state[0].shape[2] if state else 0
     is_early = isinstance(index, RotatedIndex) and can_start_early(key.device)
     append_specialization(index, head_dim, value.shape[3], key.dtype, is_early).launch(
         grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
@@ -368,7 +406,7 @@ def index_range(index: KeyIndex, keys: Tensor, state: list[Tensor], start: int, 
     first_tile = start // TOKENS_PER_TILE
     grid = (triton.cdiv(stop, TOKENS_PER_TILE) - first_tile, batch_size * num_heads, 1)
     index_specialization(index, keys.dtype).launch(
-        grid, keys, *_tensors(state), start, stop, capacity, state[0].shape[2]
+        grid, keys, *state_arguments(index, state), start, stop, capacity, state[0].shape[2]
     )
 
 
@@ -385,8 +423,15 @@ def kind(index: KeyIndex) -> int:
     raise TypeError(f"no kernel reads the index {index}")
 
 
-def _tensors(state: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return (*state, *(None,) * (5 - len(state)))
+def state_arguments(index: KeyIndex | None, state: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The state as kernels take it: seven tensors, None for what an index does not have.
+
+    Planes, scale, centre or zero, balance, rotation, codes, ratio.
+    """
+    if isinstance(index, RotatedIndex):
+        planes, scale, centre, balance, *codes, rotation = state
+        return (planes, scale, centre, balance, rotation, *(codes or (None, None)))
+    return (*state, *(None,) * (7 - len(state)))
 
 
 @cache
@@ -419,6 +464,7 @@ def index_specialization(index: KeyIndex, dtype: torch.dtype) -> Specialization:
 
 def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
     block_d = triton.next_power_of_2(head_dim)
+    refine_bits = index.refine_bits if isinstance(index, RotatedIndex) else 0
     return {
         "INDEX": NO_INDEX if index is None else kind(index),
         "D": head_dim,
@@ -429,6 +475,9 @@ def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
         "GROUP": 32 if index is None else index.group_size,
         "NORM": rotation_norm(head_dim),
         "THRESHOLD": TWO_BIT_THRESHOLD,
+        "REFINE": refine_bits,
+        "STEP": STEPS.get(refine_bits, 0.0),
+        "USUAL_RATIO": Refinement(head_dim, refine_bits).usual_ratio if refine_bits else 0.0,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +29,7 @@ def _slices(x, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _products(query, keys, SLICES: tl.constexpr, PRECISION: tl.constexpr):
+def products(query, keys, SLICES: tl.constexpr, PRECISION: tl.constexpr):
     """``query [H, D] . keys [N, D]`` as float32 ``[H, N]``.
 
     A sum of many terms one after the other errs by more than sums of a few, added up at the end.
@@ -152,7 +153,7 @@ def gather_attention_kernel(
             mask=is_used[:, None] & (value_channel < DV)[None, :],
             other=0.0,
         )
-        logit = _products(query, keys, SLICES, PRECISION) * logit_scale
+        logit = products(query, keys, SLICES, PRECISION) * logit_scale
         if HAS_CAP:
             logit = cap(logit, softcap)
         logit = tl.where(is_used[None, :], logit, float("-inf"))
@@ -346,6 +347,15 @@ def _aligned_size(size: int) -> int:
     return -(-size // 4) * 4
 
 
+def product_constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """How `products` are taken of such keys."""
+    is_float32 = dtype == torch.float32
+    return {
+        "SLICES": max(triton.next_power_of_2(head_dim) // _SLICE, 1) if is_float32 else 1,
+        "PRECISION": "ieee" if is_float32 else "tf32",
+    }
+
+
 @cache
 def attend_specialization(
     head_dim: int,
@@ -374,8 +384,7 @@ def attend_specialization(
         "BLOCK_N": 16 if is_float32 else 32 if widest > 128 else 64,
         "SPLITS": splits,
         "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
-        "SLICES": max(triton.next_power_of_2(head_dim) // _SLICE, 1) if is_float32 else 1,
-        "PRECISION": "ieee" if is_float32 else "tf32",
+        **product_constants(head_dim, dtype),
         "HAS_LIST": has_list,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,

@@ -6,7 +6,7 @@ import math
 
 import triton.language as tl
 
-from fierpatch.index import base, packing
+from fierpatch.index import base, packing, refinement
 
 TILE_SIZE = tl.constexpr(packing.TILE_SIZE)
 ROWS = tl.constexpr(packing.ROWS)
@@ -15,4 +15,5 @@ MAX_HEADS = tl.constexpr(8)  # that a program scores; the matrix units want as m
 EXPONENTS = tl.constexpr(64)  # that a key of the selection tells apart
 MANTISSA_BITS = tl.constexpr(8)  # of such a key, its lowest
 MANTISSAS = tl.constexpr(1 << MANTISSA_BITS.value)
+OCTAVE = tl.constexpr(refinement.OCTAVE)
 LOG2_E = tl.constexpr(math.log2(math.e))

@@ -37,6 +37,10 @@ class Logits:
         """The same in units of log2, so that ``exp2`` turns logits into weights."""
         return Logits(self.scale * LOG2_E.value, self.softcap * LOG2_E.value)
 
+    def over(self, temperature: float) -> Logits:
+        """The same divided by a temperature."""
+        return Logits(self.scale / temperature, self.softcap / temperature)
+
 
 @triton.jit
 def cap(logit, softcap):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import FLOAT16_MAX, ROWS, TILE_SIZE
+from fierpatch.kernels.constants import FLOAT16_MAX, OCTAVE, ROWS, TILE_SIZE
 
 
 @triton.jit
@@ -174,6 +174,47 @@ def encode(x, D: tl.constexpr, BITS: tl.constexpr, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
+def store_codes(
+    codes_ptr,
+    ratio_ptr,
+    x,
+    scale,
+    token,
+    valid,
+    D: tl.constexpr,
+    REFINE: tl.constexpr,
+    STEP: tl.constexpr,
+    USUAL_RATIO: tl.constexpr,
+):
+    """What `Refinement.encode` makes of rotated keys ``[n, BLOCK_D]``, as rows ``token [n]``."""
+    channel = tl.arange(0, x.shape[1])
+    magnitude = tl.abs(x).to(tl.float64)
+    energy = tl.sum(magnitude * magnitude, axis=1)
+    step = STEP * tl.sqrt(energy / D)
+    level = tl.zeros(x.shape, tl.int32)
+    for least in tl.static_range(1, 1 << (REFINE - 1)):
+        level += (magnitude >= (least * step)[:, None]).to(tl.int32)
+    level = tl.where((channel < D)[None, :], level, 0)
+    overlap = tl.sum(magnitude * (level.to(tl.float64) + 0.5), axis=1)
+    own = tl.where(overlap > 0, energy / tl.where(overlap > 0, overlap, 1.0), 0.0)
+    known = scale.to(tl.float64) * USUAL_RATIO
+    is_known = (known > 0) & (own > 0)
+    ratio = tl.where(is_known, own / tl.where(is_known, known, 1.0), 1.0)
+    # No float64 has a logarithm half way between two bytes but 1.
+    octave = tl.floor(tl.log2(ratio) * OCTAVE + 0.5)
+    octave = tl.minimum(tl.maximum(octave, -128.0), 127.0) + 128.0
+    tl.store(ratio_ptr + token, octave.to(tl.uint8), mask=valid)
+    PLANE: tl.constexpr = (D + 7) // 8
+    byte = tl.arange(0, x.shape[1] // 8)
+    codes_ptr += token.to(tl.int64)[:, None] * ((REFINE - 1) * PLANE) + byte[None, :]
+    mask = valid[:, None] & (byte < PLANE)[None, :]
+    for plane in tl.static_range(REFINE - 1):
+        bits = (level >> (REFINE - 2 - plane)) & 1
+        bits = tl.reshape(bits, [x.shape[0], x.shape[1] // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        tl.store(codes_ptr + plane * PLANE, tl.sum(bits, axis=2).to(tl.uint8), mask=mask)
+
+
+@triton.jit
 def quantize_rotated(
     keys_ptr,
     planes_ptr,
@@ -181,6 +222,8 @@ def quantize_rotated(
     centre_ptr,
     balance_ptr,
     rotation_ptr,
+    codes_ptr,
+    ratio_ptr,
     tile,
     start,
     stop,
@@ -192,6 +235,9 @@ def quantize_rotated(
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    REFINE: tl.constexpr,
+    STEP: tl.constexpr,
+    USUAL_RATIO: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
 ):
     """Tokens ``start .. stop`` of one tile; `ONE_BY_ONE` suits a group that gains few tokens."""
@@ -237,7 +283,13 @@ def quantize_rotated(
                 if BITS == 2:
                     low_marks = low.to(tl.int32) * marks[:, None]
                     merge_words(words_ptr + ROWS * D, low_marks, marks, channel, D)
-                tl.store(scale_ptr + token + tl.arange(0, 1), scale)
+                alone = token + tl.arange(0, 1)
+                tl.store(scale_ptr + alone, scale)
+                if REFINE > 0:
+                    store_codes(
+                        codes_ptr, ratio_ptr, x[None, :], scale, alone, alone >= 0,
+                        D, REFINE, STEP, USUAL_RATIO,
+                    )  # fmt: skip
                 tl.debug_barrier()
         else:
             has_words = True
@@ -257,6 +309,11 @@ def quantize_rotated(
                 if BITS == 2:
                     low_words |= low.to(tl.int32) * marks[:, None]
                 tl.store(scale_ptr + token, scale, mask=valid)
+                if REFINE > 0:
+                    store_codes(
+                        codes_ptr, ratio_ptr, x, scale, token, valid,
+                        D, REFINE, STEP, USUAL_RATIO,
+                    )  # fmt: skip
     if has_words:
         tl.debug_barrier()
         merge_words(words_ptr, words, written, channel, D)

@@ -1,4 +1,7 @@
-"""Choosing the tokens of a step: query transform, scores and selection, three launches."""
+"""Choosing the tokens of a step: query transform, scores and selection, five launches.
+
+With a second scoring, two more: candidates, and the selection out of them.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,55 @@ from torch import Tensor
 
 from fierpatch.index import RotatedIndex
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.constants import MAX_HEADS
+from fierpatch.kernels.append import state_arguments
+from fierpatch.kernels.attention import product_constants
+from fierpatch.kernels.candidates import code_scores_kernel, key_scores_kernel, refine_kernel
+from fierpatch.kernels.constants import LOG2_E, MAX_HEADS
 from fierpatch.kernels.early import can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.logits import Logits
-from fierpatch.kernels.query import query_kernel
+from fierpatch.kernels.query import LEVELS, query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
 from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, Scratch, Shape
 from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
+from fierpatch.reference import CANDIDATE_TEMPERATURE
 
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
+_CANDIDATES_PER_WARP = 256  # of the second selection, one program a row
+
+
+def retrieve(
+    shape: Shape,
+    scratch: Scratch,
+    query: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    logits: Logits,
+    visible: Tensor | None = None,
+    *,
+    sinks: int,
+    recent: int,
+    sink_logits: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """The tokens that each list attends to: int64 ``[B, H or Hq, T, width]``, padded with -1.
+
+    `fierpatch.reference.select_from_index`, with the length read on the device.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        state: the index's tensors.
+        counters: int64 ``[4]``; the first is the number of tokens stored.
+        visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
+        keys: ``[B, H, C, D]``, where candidates are scored by them.
+    """
+    score(shape, scratch, query, state, counters, logits, visible)
+    choice = {"sinks": sinks, "recent": recent, "sink_logits": sink_logits}
+    chosen = select(shape, scratch, counters, has_mask=visible is not None, **choice)
+    if not shape.refine:
+        return chosen
+    score_candidates(shape, scratch, query, state, logits, keys)
+    return select_candidates(shape, scratch, **choice)
 
 
 def score(
@@ -31,23 +73,17 @@ def score(
     logits: Logits,
     visible: Tensor | None = None,
 ) -> None:
-    """Fill ``scratch.weight`` and the softmax statistics of its tiles.
-
-    Args:
-        query: ``[B, Hq, T, D]``.
-        state: the index's tensors.
-        counters: int64 ``[4]``; the first is the number of tokens stored.
-        visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
-    """
-    query, logits = as_rows(query), logits.in_log2
+    """Fill ``scratch.weight`` and the softmax statistics of its tiles; arguments as `retrieve`."""
+    query, logits = as_rows(query), _first(shape, logits).in_log2
     visible, strides = as_mask(visible)
     grid = (shape.tiles, shape.score_rows, shape.head_blocks)
     outputs = (scratch.weight, scratch.most, scratch.sum, scratch.count, scratch.high)
     sizes = (shape.num_kv_heads, shape.num_queries, shape.tiles)
     has_mask, has_cap = visible is not None, logits.has_cap
     if isinstance(shape.index, RotatedIndex):
-        planes, scale, centre, balance, rotation = state
+        planes, scale, centre, balance, rotation, *_ = state_arguments(shape.index, state)
         is_early = can_start_early(query.device)
+        margin = shape.index.candidate_margin * LEVELS.value if shape.refine else 0.0
         prepared = (scratch.total, scratch.unit, scratch.mean)
         query_specialization(shape, query.dtype, is_early).launch(
             (shape.query_tasks, *grid[1:]),
@@ -57,7 +93,7 @@ def score(
         rotated_scores_specialization(shape, has_mask, has_cap, is_early).launch(
             grid, scratch.operand, *prepared,
             planes, scale, counters, visible, *outputs,
-            *strides, *sizes, logits.softcap,
+            *strides, *sizes, logits.softcap, margin,
         )  # fmt: skip
     else:
         fier_scores_specialization(shape, query.dtype, has_mask, has_cap).launch(
@@ -79,10 +115,11 @@ def select(
     """Token indices from what `score` left: int64 ``[B, H or Hq, T, width]``.
 
     The same tokens as `fierpatch.select.select` chooses from scores that round to the same keys.
+    With a second scoring they are the candidates, ``scratch.candidates``.
     """
     sink_logits = None if sink_logits is None else aligned(sink_logits)
-    lists = (shape.batch_size, shape.num_lists, shape.num_queries, shape.width)
-    token_indices = torch.empty(lists, dtype=torch.int64, device=scratch.key.device)
+    token_indices = scratch.candidates if shape.refine else _new_lists(shape, counters.device)
+    width = shape.num_candidates if shape.refine else shape.width
     grid = (shape.chunks, shape.rows, 1)
     sink_dtype = None if sink_logits is None else sink_logits.dtype
     is_early = can_start_early(counters.device)
@@ -91,14 +128,83 @@ def select(
         grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
         scratch.key, scratch.high,
         shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
+        _first(shape, Logits(1.0)).in_log2.scale,
     )  # fmt: skip
     parts = (scratch.high, scratch.chunk_low, scratch.chunk_over, scratch.plan)
     blocks = shape.blocks_per_chunk
-    count_low.launch(grid, scratch.key, *parts, counters, shape.budget, blocks)
+    count_low.launch(grid, scratch.key, *parts, counters, shape.first_budget, blocks)
     compact.launch(
-        grid, scratch.key, *parts, counters, token_indices, shape.budget, shape.width, blocks
+        grid, scratch.key, *parts, counters, token_indices, shape.first_budget, width, blocks
     )
     return token_indices
+
+
+def score_candidates(
+    shape: Shape,
+    scratch: Scratch,
+    query: Tensor,
+    state: list[Tensor],
+    logits: Logits,
+    keys: Tensor | None = None,
+) -> None:
+    """Score the candidates that `select` left, after `score` prepared the query.
+
+    Fills ``scratch.candidate_weight`` and the softmax statistics of its tiles.
+    """
+    own, first = logits.in_log2, _first(shape, logits).in_log2
+    is_early = can_start_early(query.device)
+    outputs = (scratch.candidate_weight, scratch.candidate_most, scratch.candidate_sum)
+    lists = (shape.num_lists, shape.num_queries)
+    if shape.refines_by_keys:
+        assert keys is not None
+        query = as_rows(query)
+        key_scores_specialization(shape, query.dtype, own.has_cap, is_early).launch(
+            (shape.candidate_tiles, shape.rows, 1),
+            query, keys, scratch.candidates, *outputs, *query.stride()[:3], *lists,
+            keys.shape[2], shape.num_candidates, own.factor, own.softcap,
+        )  # fmt: skip
+        return
+    planes, scale, _centre, _balance, _rotation, *codes = state_arguments(shape.index, state)
+    blocks = 1 if shape.per_query_head else shape.head_blocks
+    code_scores_specialization(shape, own.has_cap, is_early).launch(
+        (shape.candidate_tiles, shape.rows, blocks),
+        scratch.operand, scratch.unit, scratch.mean, planes, scale, *codes, scratch.candidates,
+        *outputs, *lists, shape.tiles, shape.num_candidates,
+        own.factor / first.factor, own.softcap,
+    )  # fmt: skip
+
+
+def select_candidates(
+    shape: Shape,
+    scratch: Scratch,
+    *,
+    sinks: int,
+    recent: int,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Token indices from what `score_candidates` left: int64 ``[B, H or Hq, T, width]``."""
+    sink_logits = None if sink_logits is None else aligned(sink_logits)
+    sink_dtype = None if sink_logits is None else sink_logits.dtype
+    device = scratch.candidates.device
+    token_indices = _new_lists(shape, device)
+    refine_specialization(shape, sink_dtype, can_start_early(device)).launch(
+        (shape.rows, 1, 1),
+        scratch.candidate_weight, scratch.candidate_most, scratch.candidate_sum, sink_logits,
+        scratch.candidates, scratch.candidate_key, token_indices,
+        shape.num_lists, shape.num_queries, sinks, recent,
+        shape.budget, shape.num_candidates, shape.width, LOG2_E.value,
+    )  # fmt: skip
+    return token_indices
+
+
+def _first(shape: Shape, logits: Logits) -> Logits:
+    """The logits of the first scoring: of candidates where there are any."""
+    return logits.over(CANDIDATE_TEMPERATURE) if shape.refine else logits
+
+
+def _new_lists(shape: Shape, device: torch.device) -> Tensor:
+    lists = (shape.batch_size, shape.num_lists, shape.num_queries, shape.width)
+    return torch.empty(lists, dtype=torch.int64, device=device)
 
 
 def _head_constants(shape: Shape) -> dict[str, int]:
@@ -182,7 +288,7 @@ def select_specializations(
     What grows with the context is no constant, or is one in few steps: a growing cache would
     otherwise stop to compile.
     """
-    heads = 1 if shape.per_query_head else shape.num_groups
+    heads = shape.list_heads
     block = {"BLOCK": shape.select_block}
     keys = {
         "G": shape.num_groups,
@@ -205,3 +311,63 @@ def select_specializations(
             compact_kernel, block | chunks | early, num_warps=num_warps, is_early=is_early
         ),
     )
+
+
+@cache
+def code_scores_specialization(shape: Shape, has_cap: bool, is_early: bool) -> Specialization:
+    """Of `code_scores_kernel`."""
+    assert isinstance(shape.index, RotatedIndex)
+    constants = {
+        **_head_constants(shape),
+        "LIST_HEADS": shape.list_heads,
+        "REFINE": shape.index.refine_bits,
+        "USUAL_RATIO": shape.index.refinement.usual_ratio,
+        "TILE": shape.candidate_tile,
+        "HAS_CAP": has_cap,
+        "IS_EARLY": is_early,
+    }
+    return Specialization(
+        code_scores_kernel, constants, num_warps=4, num_stages=1, is_early=is_early
+    )
+
+
+@cache
+def key_scores_specialization(
+    shape: Shape, dtype: torch.dtype, has_cap: bool, is_early: bool
+) -> Specialization:
+    """Of `key_scores_kernel`."""
+    head_dim = shape.index.head_dim
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "LIST_HEADS": shape.list_heads,
+        "BLOCK_H": max(16, triton.next_power_of_2(shape.list_heads)),
+        "LISTS_PER_KV_HEAD": shape.num_lists // shape.num_kv_heads,
+        "TILE": shape.candidate_tile,
+        **product_constants(head_dim, dtype),
+        "HAS_CAP": has_cap,
+        "IS_EARLY": is_early,
+    }
+    return Specialization(
+        key_scores_kernel, constants, num_warps=4, num_stages=1, is_early=is_early
+    )
+
+
+@cache
+def refine_specialization(
+    shape: Shape, sink_dtype: torch.dtype | None, is_early: bool
+) -> Specialization:
+    """Of `refine_kernel`."""
+    constants = {
+        "HEADS": shape.list_heads,
+        "BLOCK_H": triton.next_power_of_2(shape.list_heads),
+        "BLOCK": shape.candidate_block,
+        "PIECES": shape.candidate_blocks,
+        "TILE": shape.candidate_tile,
+        "BLOCK_TILES": min(triton.next_power_of_2(shape.candidate_tiles), 256),
+        "BLOCK_W": 1024,
+        "HAS_SINK": sink_dtype is not None,
+        "IS_EARLY": is_early,
+    }
+    num_warps = min(max(shape.candidate_block // _CANDIDATES_PER_WARP, 1), 16)
+    return Specialization(refine_kernel, constants, num_warps=num_warps, is_early=is_early)

@@ -119,7 +119,7 @@ def _half_weight(p: tl.constexpr):
 
 
 @triton.jit
-def _half_bits(weight, logit):
+def half_bits(weight, logit):
     """A weight up to 1 as 15 bits, those of float32 from the exponent on, rounded: `weight_of`.
 
     0 is an invisible token; one that is visible has 1 at least.
@@ -130,7 +130,7 @@ def _half_bits(weight, logit):
 
 @triton.jit
 def weight_of(bits):
-    """The float32 that `_half_bits` stand for, in an int32."""
+    """The float32 that `half_bits` stand for, in an int32."""
     return (bits << 15).to(tl.float32, bitcast=True)
 
 
@@ -155,7 +155,7 @@ def _write_tile(
     weight_ptr += row * tiles * (TILE_SIZE * G)
     tl.store(
         weight_ptr + token[:, None] * G + head[None, :],
-        _half_bits(weight, logit),
+        half_bits(weight, logit),
         mask=(head < G)[None, :],
     )
     place = (row * tiles + tile) * G + head
@@ -188,6 +188,7 @@ def rotated_scores_kernel(
     num_queries,
     tiles,
     softcap,
+    margin,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     G: tl.constexpr,
@@ -203,6 +204,8 @@ def rotated_scores_kernel(
     IS_EARLY: tl.constexpr,
 ):
     """The estimate ``a (R (q / d)) . b + q . mu`` of every token of one tile.
+
+    `margin` adds so many units of ``a |R (q / d)| / LEVELS``, see `RotatedIndex.scores`.
 
     Bit p of a word's low and high byte are the planes p and p + 8. An AND leaves one plane as
     signed bytes, which the integer units multiply by the two bytes of the query. All sums are whole
@@ -270,7 +273,7 @@ def rotated_scores_kernel(
         mask=(part < CHANNEL_BLOCKS)[None, :],
         other=0,
     )
-    total = tl.sum(totals, axis=1).to(tl.float32) * (3 if BITS == 2 else 1)
+    total = tl.sum(totals, axis=1).to(tl.float32) * (3 if BITS == 2 else 1) - margin
     unit = tl.load(unit_ptr + slot + head)
     group = tile * groups_per_tile + tl.arange(0, groups_per_tile)
     mean_ptr += row * tiles * (groups_per_tile * heads_in_all) + block * HEADS

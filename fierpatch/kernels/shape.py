@@ -17,6 +17,7 @@ CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
 GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
 _BLOCK = 2048  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
+_CANDIDATE_WEIGHTS = 16_384  # that a program of the second selection has in registers
 _MAX_PROGRAMS = 528  # of the selection, four for each of 132 multiprocessors
 
 
@@ -31,6 +32,7 @@ class Shape:
         budget: tokens chosen a list.
         per_query_head: whether every query head has a list of its own.
         block: tokens a program of the selection reads at once, a multiple of 512; 0 chooses.
+        refine: candidates that are scored again, in multiples of the budget; 0 for no such.
     """
 
     index: KeyIndex
@@ -42,10 +44,18 @@ class Shape:
     budget: int
     per_query_head: bool
     block: int = 0
+    refine: int = 0
 
     @classmethod
     def of(
-        cls, index: KeyIndex, query: Tensor, planes: Tensor, *, budget: int, per_query_head: bool
+        cls,
+        index: KeyIndex,
+        query: Tensor,
+        planes: Tensor,
+        *,
+        budget: int,
+        per_query_head: bool,
+        refine: int = 0,
     ) -> Shape:
         """The shape of a retrieval for ``query [B, Hq, T, D]`` over an index with such planes."""
         batch_size, num_heads, num_queries, _ = query.shape
@@ -59,6 +69,7 @@ class Shape:
             tiles=tiles,
             budget=budget,
             per_query_head=per_query_head,
+            refine=refine,
         )
 
     def __hash__(self) -> int:
@@ -68,7 +79,7 @@ class Shape:
     def _hash(self) -> int:
         # Looked up at every launch, so worked out once.
         sizes = (self.batch_size, self.num_kv_heads, self.num_groups, self.num_queries)
-        rest = (self.tiles, self.budget, self.per_query_head, self.block)
+        rest = (self.tiles, self.budget, self.per_query_head, self.block, self.refine)
         return hash((self.index, *sizes, *rest))
 
     @cached_property
@@ -94,9 +105,14 @@ class Shape:
         return channels + triton.cdiv(groups, GROUPS_AT_ONCE)
 
     @cached_property
+    def list_heads(self) -> int:
+        """Query heads that share a list: G, or 1."""
+        return 1 if self.per_query_head else self.num_groups
+
+    @cached_property
     def num_lists(self) -> int:
         """Lists of tokens a batch row and query: H, or Hq."""
-        return self.num_kv_heads * (self.num_groups if self.per_query_head else 1)
+        return self.num_kv_heads * self.num_groups // self.list_heads
 
     @cached_property
     def rows(self) -> int:
@@ -133,6 +149,42 @@ class Shape:
         """Slots of a list."""
         return min(self.budget, self.tiles * TILE_SIZE)
 
+    @cached_property
+    def first_budget(self) -> int:
+        """Tokens that the first selection chooses a list: candidates, or the list itself."""
+        return self.budget * max(self.refine, 1)
+
+    @cached_property
+    def num_candidates(self) -> int:
+        """Slots of a list of candidates."""
+        return min(self.refine * self.budget, self.tiles * TILE_SIZE)
+
+    @cached_property
+    def refines_by_keys(self) -> bool:
+        """Whether candidates are scored by their keys, not by codes of the index."""
+        return self.refine > 0 and not self.index.refined_bytes_per_token
+
+    @cached_property
+    def candidate_tile(self) -> int:
+        """Candidates that a program scores at once."""
+        return 32 if self.refines_by_keys else 64
+
+    @cached_property
+    def candidate_block(self) -> int:
+        """Candidates that the program of the second selection reads at once: as registers allow."""
+        most = _CANDIDATE_WEIGHTS // max(triton.next_power_of_2(self.list_heads), 4)
+        return max(min(triton.next_power_of_2(self.num_candidates), most), self.candidate_tile)
+
+    @cached_property
+    def candidate_blocks(self) -> int:
+        """Such blocks a list."""
+        return triton.cdiv(self.num_candidates, self.candidate_block)
+
+    @cached_property
+    def candidate_tiles(self) -> int:
+        """Programs that score one list's candidates, whole blocks of them."""
+        return self.candidate_blocks * self.candidate_block // self.candidate_tile
+
 
 class Scratch:
     """The intermediate results of a retrieval; reused by every layer of one shape.
@@ -166,3 +218,19 @@ class Scratch:
         self.chunk_low = empty(shape.rows, shape.chunks, MANTISSAS.value, dtype=torch.int32)
         self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
         self.plan = empty(shape.rows, 2, dtype=torch.int32)
+        if shape.refine:
+            self._add_candidates(shape, device)
+
+    def _add_candidates(self, shape: Shape, device: torch.device) -> None:
+        tiles, heads = (shape.rows, shape.candidate_tiles), shape.list_heads
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=device)
+
+        self.candidates = empty(shape.rows, shape.num_candidates, dtype=torch.int64)
+        self.candidate_weight = empty(*tiles, shape.candidate_tile, heads, dtype=torch.int16)
+        self.candidate_most = empty(*tiles, heads)
+        self.candidate_sum = empty(*tiles, heads)
+        # Read again only by a program that has not kept them.
+        slots = shape.rows * shape.candidate_tiles * shape.candidate_tile
+        self.candidate_key = empty(slots if shape.candidate_blocks > 1 else 0, dtype=torch.int16)

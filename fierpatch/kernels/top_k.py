@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import EXPONENTS, LOG2_E, MANTISSA_BITS, MANTISSAS, TILE_SIZE
+from fierpatch.kernels.constants import EXPONENTS, MANTISSA_BITS, MANTISSAS, TILE_SIZE
 from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.scores import weight_of
 
@@ -26,7 +26,7 @@ SMALLEST = tl.constexpr((128 - EXPONENTS.value) * MANTISSAS.value)
 
 
 @triton.jit
-def _threshold(bins, k, BINS: tl.constexpr):
+def threshold(bins, k, BINS: tl.constexpr):
     """The highest bin such that it and those above hold k, and how many those above hold.
 
     Bin -1 where all together hold fewer.
@@ -46,9 +46,10 @@ def _load_key(key_ptr, block, is_wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_bits(
+def load_bits(
     weight_ptr, block, num_tiles,
     G: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block's tokens as the scores left them: int16 ``[BLOCK, BLOCK_H]``.
 
@@ -56,7 +57,7 @@ def _load_bits(
     """
     if HEADS == G and BLOCK_H == G:
         number = tl.arange(0, BLOCK * G)
-        tile = block * (BLOCK // TILE_SIZE) + number // (TILE_SIZE * G)
+        tile = block * (BLOCK // TILE) + number // (TILE * G)
         place = weight_ptr + block * (BLOCK * G) + number
         return tl.reshape(tl.load(place, mask=tile < num_tiles, other=0), [BLOCK, G])
     else:
@@ -64,23 +65,27 @@ def _load_bits(
         token = block * BLOCK + tl.arange(0, BLOCK)
         return tl.load(
             weight_ptr + token.to(tl.int64)[:, None] * G + head[None, :],
-            mask=(token // TILE_SIZE < num_tiles)[:, None] & (head < HEADS)[None, :],
+            mask=(token // TILE < num_tiles)[:, None] & (head < HEADS)[None, :],
             other=0,
         )
 
 
 @triton.jit
-def _log_sums(
-    most_ptr, sum_ptr, sink_ptr, num_tiles, tile_stride, first_head,
+def log_sums(
+    most_ptr, sum_ptr, sink_ptr, num_tiles, tile_stride, first_head, sink_factor,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_TILES: tl.constexpr, HAS_SINK: tl.constexpr,
 ):  # fmt: skip
-    """Each head's log2-sum-exp2 over the row's tiles, beside its sink logit: ``[BLOCK_H]``."""
+    """Each head's log2-sum-exp2 over the row's tiles, beside its sink logit: ``[BLOCK_H]``.
+
+    `sink_factor` takes a sink logit to the units of log2 that the others are in.
+    """
     head = tl.arange(0, BLOCK_H)
     within = head < HEADS
     most = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     if HAS_SINK:
-        most = tl.load(sink_ptr + first_head + head, mask=within, other=0.0).to(tl.float32) * LOG2_E
+        sink = tl.load(sink_ptr + first_head + head, mask=within, other=0.0)
+        most = sink.to(tl.float32) * sink_factor
         total += 1.0
     for start in range(0, num_tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
@@ -94,6 +99,77 @@ def _log_sums(
         total += tl.sum(sums * tl.exp2(mosts - reference[None, :]), axis=0)
         most = larger
     return tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), 0.0)
+
+
+@triton.jit
+def priority_of(
+    bits, mosts, log_sum,
+    TILES: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The mean over HEADS of the weights ``bits [BLOCK, BLOCK_H]`` stand for: ``[BLOCK]``.
+
+    Those of each of its TILES tiles are relative to ``mosts [TILES, BLOCK_H]``.
+    """
+    factor = tl.exp2(mosts - log_sum[None, :]) * (1.0 / HEADS)
+    weight = tl.reshape(weight_of(bits), [TILES, BLOCK // TILES, BLOCK_H]) * factor[:, None, :]
+    return tl.reshape(tl.sum(weight, axis=2), [BLOCK])
+
+
+@triton.jit
+def key_of(priority, is_visible, rank, num_visible, sinks, recent):
+    """Keys of tokens, the rank-th of `num_visible` from 1 on."""
+    key = (priority.to(tl.int32, bitcast=True) >> (23 - MANTISSA_BITS)) - SMALLEST
+    key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
+    key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
+    return tl.where(is_visible, key, 0)
+
+
+@triton.jit
+def cut_of(high, above, lows, budget):
+    """Where a row's keys are cut, given its bins.
+
+    Args:
+        high, above: the threshold's exponent, and how many keys are above it, see `threshold`.
+        lows: the mantissas of those that have it, int32 ``[MANTISSAS]``.
+
+    Returns:
+        The threshold's mantissa, the threshold (0 where all visible tokens are chosen), how many of
+        those at it are chosen, and how many in all.
+    """
+    low, above_low = threshold(lows, budget - above, MANTISSAS)
+    # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
+    has_cut = high >= 0
+    cut = tl.where(has_cut, high * MANTISSAS + low, 0)
+    num_ties = tl.where(has_cut, budget - above - above_low, 0)
+    return low, cut, num_ties, tl.where(has_cut, budget, above)
+
+
+@triton.jit
+def slots_of(key, cut, num_ties, over, tied):
+    """Slots of a block's tokens in the list, which of them are chosen, and the counts behind it.
+
+    `over` and `tied` are how many tokens before the block are over the threshold, and at it.
+    """
+    is_over = key > cut
+    is_tied = (key == cut) & (key > 0)
+    # One scan counts both: tokens over the threshold in the low half of a word, at it above.
+    marks = is_over.to(tl.int32) + is_tied.to(tl.int32) * 65536
+    counts = tl.cumsum(marks, axis=0)
+    over_until = over + (counts & 65535)
+    tied_until = tied + (counts >> 16)
+    slot = over_until + tl.minimum(tied_until, num_ties) - 1
+    total = tl.sum(marks, axis=0)
+    is_chosen = is_over | (is_tied & (tied_until <= num_ties))
+    return slot, is_chosen, over + (total & 65535), tied + (total >> 16)
+
+
+@triton.jit
+def clear_unused(token_index_ptr, num_chosen, width, BLOCK_W: tl.constexpr):
+    """-1 in a row's slots that nothing is chosen for."""
+    for start in range(0, width, BLOCK_W):
+        unused = start + tl.arange(0, BLOCK_W)
+        empty = tl.full([BLOCK_W], -1, tl.int64)
+        tl.store(token_index_ptr + unused, empty, mask=(unused >= num_chosen) & (unused < width))
 
 
 @triton.jit(
@@ -114,6 +190,7 @@ def key_kernel(
     sinks,
     recent,
     blocks,
+    sink_factor,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -146,10 +223,10 @@ def key_kernel(
     head = tl.arange(0, BLOCK_H)
     weight_ptr += score_row * tiles * TILE_SIZE * G + first_head
     # What takes longest to come is asked for first.
-    bits = _load_bits(weight_ptr, chunk * blocks, num_tiles, G, HEADS, BLOCK_H, BLOCK)
-    log_sum = _log_sums(
+    bits = load_bits(weight_ptr, chunk * blocks, num_tiles, G, HEADS, BLOCK_H, BLOCK, TILE_SIZE)
+    log_sum = log_sums(
         most_ptr + score_row * tiles * G + first_head, sum_ptr + score_row * tiles * G + first_head,
-        sink_ptr, num_tiles, G, list_ * HEADS,
+        sink_ptr, num_tiles, G, list_ * HEADS, sink_factor,
         HEADS, BLOCK_H, BLOCK_TILES, HAS_SINK,
     )  # fmt: skip
     if HAS_MASK:
@@ -176,24 +253,19 @@ def key_kernel(
             mask=(tile < num_tiles)[:, None] & (head < HEADS)[None, :],
             other=float("-inf"),
         )
-        factor = tl.exp2(mosts - log_sum[None, :]) * (1.0 / HEADS)
         bits = bits.to(tl.int32)
-        weight = tl.reshape(weight_of(bits), [TILES, TILE_SIZE, BLOCK_H]) * factor[:, None, :]
-        priority = tl.reshape(tl.sum(weight, axis=2), [BLOCK])
+        priority = priority_of(bits, mosts, log_sum, TILES, HEADS, BLOCK_H, BLOCK)
         is_visible = tl.max(bits, axis=1) > 0
         # The next block's are asked for as soon as these are used up.
         following = tl.where(block + 1 < chunk * blocks + blocks, num_tiles, 0)
-        bits = _load_bits(weight_ptr, block + 1, following, G, HEADS, BLOCK_H, BLOCK)
+        bits = load_bits(weight_ptr, block + 1, following, G, HEADS, BLOCK_H, BLOCK, TILE_SIZE)
         token = block * BLOCK + tl.arange(0, BLOCK)
         if HAS_MASK:
             rank = before + tl.cumsum(is_visible.to(tl.int32), axis=0)
             before += tl.sum(is_visible.to(tl.int32), axis=0)
         else:
             rank = token + 1
-        key = (priority.to(tl.int32, bitcast=True) >> (23 - MANTISSA_BITS)) - SMALLEST
-        key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
-        key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
-        key = tl.where(is_visible, key, 0)
+        key = key_of(priority, is_visible, rank, num_visible, sinks, recent)
         tl.store(key_ptr + token, key.to(tl.int16))
         bins += tl.histogram(key >> MANTISSA_BITS, EXPONENTS, mask=key > 0)
     tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
@@ -230,7 +302,7 @@ def low_kernel(
     place = row * tl.num_programs(0) + chunk
     chunk_low_ptr += place * MANTISSAS
     tl.store(chunk_low_ptr + bin_, tl.zeros([MANTISSAS], tl.int32))
-    high, above = _threshold(highs, budget, EXPONENTS)
+    high, above = threshold(highs, budget, EXPONENTS)
     start_next(IS_EARLY)
     tl.debug_barrier()
     one = tl.full([BLOCK], 1, tl.int32)
@@ -308,39 +380,19 @@ def compact_kernel(
         row_lows += tl.sum(part, axis=0)
         lows += tl.sum(tl.where((other < chunk)[:, None], part, 0), axis=0)
         over += tl.sum(tl.load(chunk_over_ptr + place, mask=other < chunk, other=0), axis=0)
-    low, above_low = _threshold(row_lows, budget - above, MANTISSAS)
-    # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
-    has_cut = high >= 0
-    cut = tl.where(has_cut, high * MANTISSAS + low, 0)
-    num_ties = tl.where(has_cut, budget - above - above_low, 0)
-    num_chosen = tl.where(has_cut, budget, above)
-    over += tl.sum(tl.where((bin_ > low) & has_cut, lows, 0), axis=0)
+    low, cut, num_ties, num_chosen = cut_of(high, above, row_lows, budget)
+    over += tl.sum(tl.where((bin_ > low) & (high >= 0), lows, 0), axis=0)
     tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
     start_next(IS_EARLY)
     token_index_ptr += row * width
     for block in range(chunk * blocks, chunk * blocks + blocks):
         token = block * BLOCK + tl.arange(0, BLOCK)
-        is_over = key > cut
-        is_tied = (key == cut) & (key > 0)
-        # One scan counts both: tokens over the threshold in the low half of a word, at it above.
-        marks = is_over.to(tl.int32) + is_tied.to(tl.int32) * 65536
-        counts = tl.cumsum(marks, axis=0)
-        over_until = over + (counts & 65535)
-        tied_until = tied + (counts >> 16)
-        slot = over_until + tl.minimum(tied_until, num_ties) - 1
-        is_chosen = is_over | (is_tied & (tied_until <= num_ties))
+        slot, is_chosen, over, tied = slots_of(key, cut, num_ties, over, tied)
         is_chosen = is_chosen & (slot < width)  # as it is, if the counts are right
         tl.store(token_index_ptr + slot, token.to(tl.int64), mask=is_chosen)
-        total = tl.sum(marks, axis=0)
-        over += total & 65535
-        tied += total >> 16
         if block + 1 < chunk * blocks + blocks:
             key = _load_key(key_ptr, block + 1, True, BLOCK)
     if chunk == 0:
         exponent = tl.arange(0, EXPONENTS)
         tl.store(high_ptr + row * EXPONENTS + exponent, tl.zeros([EXPONENTS], tl.int32))
-        for start in range(0, width, BLOCK_W):
-            unused = start + tl.arange(0, BLOCK_W)
-            empty = tl.full([BLOCK_W], -1, tl.int64)
-            is_unused = (unused >= num_chosen) & (unused < width)
-            tl.store(token_index_ptr + unused, empty, mask=is_unused)
+        clear_unused(token_index_ptr, num_chosen, width, BLOCK_W)

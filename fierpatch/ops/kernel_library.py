@@ -25,7 +25,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "triton_retrieve(Tensor query, Tensor[] state, Tensor counters, "
     f"Tensor? visible, Tensor? sink_logits, {_INDEX}, int budget, int sinks, int recent, "
-    "bool per_query_head, float scale, float softcap) -> Tensor",
+    "bool per_query_head, float scale, float softcap, int refine, Tensor? keys) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -80,16 +80,17 @@ def _retrieve(
     per_query_head: bool,
     scale: float,
     softcap: float,
+    refine: int,
+    keys: Tensor | None,
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
     key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
-    shape = Shape.of(key_index, query, state[0], budget=budget, per_query_head=per_query_head)
-    scratch = Scratch(shape, query.device)
-    logits = Logits(scale, softcap)
-    retrieve.score(shape, scratch, query, state, counters, logits, visible)
-    return retrieve.select(
-        shape, scratch, counters, sinks=sinks, recent=recent,
-        sink_logits=sink_logits, has_mask=visible is not None,
+    shape = Shape.of(
+        key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
+    )
+    return retrieve.retrieve(
+        shape, Scratch(shape, query.device), query, state, counters, Logits(scale, softcap),
+        visible, sinks=sinks, recent=recent, sink_logits=sink_logits, keys=keys,
     )  # fmt: skip
 
 

@@ -155,11 +155,12 @@ class KernelOperators:
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
         config = self.config
+        candidate_keys = keys if config.refines_by_keys else None
         if torch.compiler.is_compiling():
             token_indices = torch.ops.fierpatch.triton_retrieve.default(
                 query, state, counters, visible, sink_logits,
                 *index_arguments(self.config), config.budget, config.sinks, config.recent,
-                config.per_query_head, scale, softcap,
+                config.per_query_head, scale, softcap, config.refine, candidate_keys,
             )  # fmt: skip
             output = torch.ops.fierpatch.triton_attend.default(
                 query, keys, values, token_indices, counters, self.arrivals, sink_logits,
@@ -168,11 +169,10 @@ class KernelOperators:
             return output, token_indices
         shape = self._shape_of(query, state[0])
         scratch = self.workspace.scratch_of(shape, query.device)
-        logits = Logits(scale, softcap)
-        retrieve.score(shape, scratch, query, state, counters, logits, visible)
-        token_indices = retrieve.select(
-            shape, scratch, counters, sinks=config.sinks, recent=config.recent,
-            sink_logits=sink_logits, has_mask=visible is not None,
+        token_indices = retrieve.retrieve(
+            shape, scratch, query, state, counters, Logits(scale, softcap), visible,
+            sinks=config.sinks, recent=config.recent, sink_logits=sink_logits,
+            keys=candidate_keys,
         )  # fmt: skip
         output = attention.gather_attention(
             query, keys, values, token_indices, scale=scale, softcap=softcap,
@@ -225,5 +225,6 @@ class KernelOperators:
                 planes,
                 budget=config.budget,
                 per_query_head=config.per_query_head,
+                refine=config.refine,
             )
         return shape

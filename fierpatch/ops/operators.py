@@ -216,9 +216,7 @@ def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
         return "reference"
     head_dim = max(key.shape[3], value.shape[3])
     problem = ""
-    if config.refine:
-        problem = f"refine={config.refine}: it has no kernels for a second scoring yet"
-    elif key.dtype not in _KERNEL_DTYPES:
+    if key.dtype not in _KERNEL_DTYPES:
         problem = f"keys of {key.dtype}: it has kernels for bfloat16, float16 and float32"
     elif value.dtype != key.dtype:
         problem = f"keys of {key.dtype} and values of {value.dtype}: it wants one dtype"

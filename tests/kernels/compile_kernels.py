@@ -87,6 +87,7 @@ def decode(
     scale: float = 0.1,
     tiles: int = 128,
     budget: int = 1024,
+    refine: int = 0,
 ) -> None:
     """One step of a layer; 128 tiles, so that constants are those of a long context."""
     head_dim, value_head_dim = index.head_dim, value_head_dim or index.head_dim
@@ -107,16 +108,17 @@ def decode(
     append.append(index, key, value, keys, values, state, counters)
     append.append(None, key, value, keys, values, [], counters)
     append.index_range(index, keys, state, length // 2, length)
-    shape = sizes.Shape(index, *lead, groups, num_queries, tiles, budget, per_query_head)
+    shape = sizes.Shape(
+        index, *lead, groups, num_queries, tiles, budget, per_query_head, refine=refine
+    )
     scratch = sizes.Scratch(shape, CPU)
     visible = None
     if has_mask:
         visible = zeros(batch_size, 1, num_queries, length, dtype=torch.bool)
     logits = Logits(scale, softcap)
-    retrieve.score(shape, scratch, query, state, counters, logits, visible)
-    token_indices = retrieve.select(
-        shape, scratch, counters, sinks=length % 5, recent=length % 17,
-        sink_logits=sink_logits, has_mask=has_mask,
+    token_indices = retrieve.retrieve(
+        shape, scratch, query, state, counters, logits, visible,
+        sinks=length % 5, recent=length % 17, sink_logits=sink_logits, keys=keys,
     )  # fmt: skip
     attention.gather_attention(
         query, keys, values, token_indices, scale=scale, softcap=softcap,
@@ -138,13 +140,20 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
     steps: list[tuple[KeyIndex, torch.dtype, dict[str, Any], tuple[str, ...]]] = []
     for index in (RotatedIndex(128), RotatedIndex(128, bits=2), FierIndex(128)):
         steps += [(index, bf16, {}, ()), (index, bf16, masked, ())]
+    coded = [RotatedIndex(128, refine_bits=bits) for bits in ((2, 4) if arch == 90 else (4,))]
+    for index in (*coded, RotatedIndex(128)):
+        steps.append((index, bf16, {"refine": 4}, ()))
+    # Lists of candidates that one program does not hold at once.
+    steps.append((coded[-1], bf16, {"refine": 4, "budget": 2048}, ("refine_kernel",)))
     # So few tokens that a program of the selection reads smaller blocks.
     steps.append((RotatedIndex(128), bf16, {"tiles": 32}, ()))
     if arch == 90:
         for head_dim in (64, 256):
             for index in (RotatedIndex(head_dim, bits=2), FierIndex(head_dim)):
                 steps.append((index, bf16, {}, hot))
+        scoring = ("code_scores_kernel", "key_scores_kernel")
         for other in (torch.float32, torch.float16):
+            steps.append((RotatedIndex(128), other, {"refine": 4}, scoring))
             steps.append((RotatedIndex(128), other, {}, (attend,)))
         steps.append((RotatedIndex(128), bf16, capped, (score_rotated, "key_kernel", attend)))
         steps.append((FierIndex(128), bf16, capped, (score_fier,)))
@@ -168,7 +177,7 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
             ]
             flags += [
                 f"{flag.lower()} {constants[flag]}"
-                for flag in ("BLOCK", "CHUNKS", "SPLITS")
+                for flag in ("REFINE", "BLOCK", "PIECES", "CHUNKS", "SPLITS")
                 if flag in constants
             ]
             yield " ".join((name, kind, str(index.head_dim), str(dtype)[6:], *flags)), entry
@@ -202,7 +211,12 @@ def varied_calls() -> Iterator[dict[str, Any]]:
     Lengths, strides, addresses and factors are all of what Triton would treat apart: 1, divisible
     by 16 or not, and whole numbers as factors.
     """
-    indexes = (RotatedIndex(64), RotatedIndex(64, bits=2, group_size=32), FierIndex(64))
+    indexes = (
+        RotatedIndex(64),
+        RotatedIndex(64, bits=2, group_size=32),
+        FierIndex(64),
+        RotatedIndex(64, refine_bits=3),
+    )
     builds = product(
         indexes,
         (torch.bfloat16, torch.float32),
@@ -221,6 +235,7 @@ def varied_calls() -> Iterator[dict[str, Any]]:
             "has_counters": place % 5 != 0,
             "value_head_dim": (0, 5, 48)[place % 3],
             "groups": (4, 1, 3)[place % 7 % 3],
+            "refine": 2 if index.refined_bytes_per_token else place % 2 * 4,
         }
         for other, layout in enumerate(LAYOUTS):
             yield build | {

@@ -45,7 +45,7 @@ FeedBuild = tuple[KeyIndex, int, torch.dtype]  # what is compiled: index, value 
 
 @st.composite
 def any_build(draw: st.DrawFn) -> FeedBuild:
-    index = draw(indexes(head_dims=HEAD_DIMS))
+    index = draw(indexes(head_dims=HEAD_DIMS, with_codes=True))
     value_head_dim = draw(st.sampled_from((index.head_dim, 5, 48)))
     return index, value_head_dim, draw(st.sampled_from((torch.float32, torch.float16)))
 

@@ -28,6 +28,9 @@ CPU = torch.device("cpu")
 @example(feed=Feed(RotatedIndex(64, bits=2), 127, 127, (1, 1, 2, 1), layout="offset"))
 @example(feed=Feed(RotatedIndex(96), 40, 20, (1, 1), kind=channel_offsets, layout="strided"))
 @example(feed=Feed(RotatedIndex(64, group_size=32), 70, 70, (1, 1, 1), kind=one_infinity, room=0))
+@example(feed=Feed(RotatedIndex(128, refine_bits=4), 509, 400, (1, 1, 8, 3)))
+@example(feed=Feed(RotatedIndex(80, group_size=32, refine_bits=2), 30, 3, (1,) * 4, kind=constants))
+@example(feed=Feed(RotatedIndex(64, refine_bits=3), 5, 5, (1, 1, 130), 2, 2, kind=one_outlier))
 def test_the_state_is_that_of_the_reference(feed: Feed) -> None:
     check_append(feed, CPU)
 
