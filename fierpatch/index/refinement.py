@@ -13,7 +13,7 @@ from torch import Tensor
 STEPS = {2: 0.996, 3: 0.586, 4: 0.335}
 REFINE_BITS = tuple(STEPS)
 NUM_CODES = 2  # tensors of a state
-OCTAVE = 128  # steps of the ratio's byte
+HALF = 0x3F00  # the upper 16 bits of 0.5 in float32, where a ratio's byte begins
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Refinement:
     Of ``x`` with deviation ``s = |x| / sqrt(D)`` each magnitude is a level ``u``, of those at
     ``(u + 1/2) step s``, in ``bits - 1`` bits. Signs and levels are ``b = +-(u + 1/2)``, and as
     with one bit ``<a b, x> = |x|^2`` for the scale ``a``. One byte has its ratio to the one-bit
-    scale, which never is far from ``step / sqrt(pi / 2)``: 128 steps an octave.
+    scale, which never is far from ``step / sqrt(pi / 2)``: between half and twice that, the upper
+    16 bits of a float32 count on from those of 0.5.
 
-    codes are uint8 ``[B, H, tiles, 512, (bits - 1) D / 8]``, a token's bytes together, the levels'
-    highest bits first; bit c of them is bit ``c % 8`` of byte ``c // 8``. ratio is uint8 ``[B, H,
-    tiles, 512, 1]``.
+    Behind the sign as its highest bit, set where x >= 0, a code is a whole number that counts up
+    from the lowest level: ``b + (2^bits - 1) / 2``. A score is then a sum over planes of bits.
+    codes are uint8 ``[B, H, tiles, 512, (bits - 1) D / 8]``: without the signs, a token's bytes
+    together, its highest plane first; channel c is bit ``c % 8`` of byte ``c // 8`` of a plane.
+    ratio is uint8 ``[B, H, tiles, 512, 1]``.
 
     Args:
         head_dim: D, a multiple of 8.
@@ -57,36 +60,41 @@ class Refinement:
             torch.zeros(*size, 1, dtype=torch.uint8, device=device),
         )
 
-    def encode(self, magnitude: Tensor, energy: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and ratios of keys ``[B, H, n]``.
+    def encode(self, is_high: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and ratios of rotated keys.
 
         Args:
-            magnitude: float64 ``[B, H, n, D]``, of the rotated keys.
-            energy: float64 ``[B, H, n]``, the sums of their squares.
-            scale: float16 ``[B, H, n]``, of one bit.
+            is_high: bool ``[B, H, n, D]``, the signs.
+            magnitude: float64 ``[B, H, n, D]``.
         """
-        step = STEPS[self.bits] * (energy / self.head_dim).sqrt().unsqueeze(-1)
+        square = magnitude.square()
+        unit = square.sum(-1, keepdim=True) * self.square_step
         level = torch.zeros_like(magnitude, dtype=torch.uint8)
         # By comparisons, which round nothing.
         for least in range(1, 1 << (self.bits - 1)):
-            level += magnitude >= least * step
-        overlap = (magnitude * (level.double() + 0.5)).sum(-1)
-        own = torch.where(overlap > 0, energy / overlap, 0.0)
-        known = scale.double() * self.usual_ratio
-        ratio = torch.where((known > 0) & (own > 0), own / known, 1.0)
-        byte = (ratio.log2() * OCTAVE).round().clamp(-128, 127) + 128
-        bits = [(level >> bit) & 1 for bit in reversed(range(self.bits - 1))]
-        return _pack(torch.stack(bits, dim=-2)), byte.to(torch.uint8).unsqueeze(-1)
+            level += square >= least**2 * unit
+        # Both scales are the energy over an overlap: that of the signs, and that of the levels.
+        overlap = ((magnitude * (level.double() + 0.5)).sum(-1) * self.usual_ratio).float()
+        ratio = torch.where(overlap > 0, magnitude.sum(-1).float() / overlap, 1.0)
+        byte = ((ratio.view(torch.int32) + 0x8000) >> 16) - HALF
+        code = torch.where(is_high, level, ~level)
+        bits = [(code >> bit) & 1 for bit in reversed(range(self.bits - 1))]
+        return _pack(torch.stack(bits, dim=-2)), byte.clamp(0, 255).byte().unsqueeze(-1)
 
     def decode(self, is_high: Tensor, codes: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """``b`` of tokens, float32 ``[B, H, n, D]``, and ``a`` over their one-bit scales."""
         bits = _unpack(codes.unflatten(-1, (self.bits - 1, -1)), self.head_dim)
-        level = torch.zeros_like(is_high, dtype=torch.float32)
+        code = is_high.float()
         for bit in range(self.bits - 1):
-            level = 2 * level + bits[..., bit, :]
-        magnitude = level + 0.5
-        exponent = (ratio.squeeze(-1).float() - 128) / OCTAVE
-        return torch.where(is_high, magnitude, -magnitude), exponent.exp2() * self.usual_ratio
+            code = 2 * code + bits[..., bit, :]
+        upper_half = ratio.squeeze(-1).int() + HALF
+        own = (upper_half << 16).view(torch.float32) * self.usual_ratio
+        return code - (2**self.bits - 1) / 2, own
+
+    @property
+    def square_step(self) -> float:
+        """Of the levels, for an energy of 1."""
+        return STEPS[self.bits] ** 2 / self.head_dim
 
     @property
     def usual_ratio(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE as TOKENS_PER_TILE
-from fierpatch.index.refinement import STEPS, Refinement
+from fierpatch.index.refinement import Refinement
 from fierpatch.index.rotated import TWO_BIT_THRESHOLD
 from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import ROWS, TILE_SIZE
@@ -97,7 +97,7 @@ def _append_one(
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     REFINE: tl.constexpr,
-    STEP: tl.constexpr,
+    SQUARE_STEP: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
 ):
     """Store and quantise, as `quantize_rotated` does, one token that leaves its group open.
@@ -147,8 +147,8 @@ def _append_one(
     tl.store(scale_ptr + alone, scale)
     if REFINE > 0:
         store_codes(
-            codes_ptr, ratio_ptr, x[None, :], scale, alone, alone >= 0,
-            D, REFINE, STEP, USUAL_RATIO,
+            codes_ptr, ratio_ptr, x[None, :], alone, alone >= 0,
+            D, REFINE, SQUARE_STEP, USUAL_RATIO,
         )  # fmt: skip
     return arrived
 
@@ -178,7 +178,7 @@ def _quantize(
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     REFINE: tl.constexpr,
-    STEP: tl.constexpr,
+    SQUARE_STEP: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
 ):
@@ -193,7 +193,7 @@ def _quantize(
             keys_ptr, planes_ptr, scale_ptr + row * tiles * TILE_SIZE, third_ptr,
             balance_ptr + row * D, rotation_ptr, codes_ptr, ratio_ptr, tile, start, stop,
             D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
-            REFINE, STEP, USUAL_RATIO, ONE_BY_ONE,
+            REFINE, SQUARE_STEP, USUAL_RATIO, ONE_BY_ONE,
         )  # fmt: skip
     else:
         scale_ptr += row * tiles * (TILE_SIZE // GROUP * D)
@@ -244,7 +244,7 @@ def append_kernel(
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     REFINE: tl.constexpr,
-    STEP: tl.constexpr,
+    SQUARE_STEP: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -296,7 +296,7 @@ def append_kernel(
             third_ptr + row * tiles * (TILE_SIZE // GROUP * D),
             balance_ptr + row * D, rotation_ptr, codes_ptr, ratio_ptr, counters_ptr, stored,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
-            REFINE, STEP, USUAL_RATIO,
+            REFINE, SQUARE_STEP, USUAL_RATIO,
         )  # fmt: skip
     else:
         # Every program of a head stores all of its new tokens: each may quantise any of them.
@@ -317,7 +317,7 @@ def append_kernel(
                 keys_ptr, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
                 codes_ptr, ratio_ptr, row, tiles, tile, start, stop,
                 INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
-                REFINE, STEP, USUAL_RATIO, True,
+                REFINE, SQUARE_STEP, USUAL_RATIO, True,
             )  # fmt: skip
         arrived = _arrive(counters_ptr)
     if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
@@ -351,7 +351,7 @@ def index_kernel(
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     REFINE: tl.constexpr,
-    STEP: tl.constexpr,
+    SQUARE_STEP: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
 ):
     """Index tokens ``start .. stop`` of the stored keys, one program a tile and KV head."""
@@ -360,7 +360,7 @@ def index_kernel(
         keys_ptr + row * capacity * D, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
         codes_ptr, ratio_ptr, row, tiles, start // TILE_SIZE + tl.program_id(0), start, stop,
         INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
-        REFINE, STEP, USUAL_RATIO, False,
+        REFINE, SQUARE_STEP, USUAL_RATIO, False,
     )  # fmt: skip
 
 
@@ -465,6 +465,7 @@ def index_specialization(index: KeyIndex, dtype: torch.dtype) -> Specialization:
 def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
     block_d = triton.next_power_of_2(head_dim)
     refine_bits = index.refine_bits if isinstance(index, RotatedIndex) else 0
+    refinement = Refinement(head_dim, refine_bits) if refine_bits else None
     return {
         "INDEX": NO_INDEX if index is None else kind(index),
         "D": head_dim,
@@ -476,8 +477,8 @@ def _common_constants(index: KeyIndex | None, head_dim: int) -> dict[str, Any]:
         "NORM": rotation_norm(head_dim),
         "THRESHOLD": TWO_BIT_THRESHOLD,
         "REFINE": refine_bits,
-        "STEP": STEPS.get(refine_bits, 0.0),
-        "USUAL_RATIO": Refinement(head_dim, refine_bits).usual_ratio if refine_bits else 0.0,
+        "SQUARE_STEP": refinement.square_step if refinement else 0.0,
+        "USUAL_RATIO": refinement.usual_ratio if refinement else 0.0,
     }
 
 

@@ -6,19 +6,20 @@ import triton
 import triton.language as tl
 
 from fierpatch.kernels.attention import products
-from fierpatch.kernels.constants import EXPONENTS, MANTISSA_BITS, MANTISSAS, OCTAVE, ROWS, TILE_SIZE
+from fierpatch.kernels.constants import HALF, MANTISSAS, ROWS, TILE_SIZE
 from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.logits import cap
 from fierpatch.kernels.scores import half_bits
 from fierpatch.kernels.top_k import (
+    add_tiles,
     clear_unused,
     cut_of,
+    end_log_sum,
     key_of,
     load_bits,
-    log_sums,
     priority_of,
     slots_of,
-    threshold,
+    start_log_sum,
 )
 
 
@@ -57,37 +58,34 @@ def _write_candidates(
 
 
 @triton.jit
-def _load_levels(
-    codes_ptr, words_ptr, token, is_used,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, REFINE: tl.constexpr,
-):  # fmt: skip
-    """``2 b`` of tokens, as `Refinement` has it: odd numbers int8 ``[n, BLOCK_D]``.
+def _spread(nibbles):
+    """The four bits of whole numbers as a byte each: of channels 0, 2, 1, 3, the lowest first.
 
-    words are the sign bits' of each token's row of its tile, bit ``place // 32``.
+    Multiplied, a bit comes to stand 0, 6, 15 and 21 higher, and no two meet.
     """
-    PLANE: tl.constexpr = (D + 7) // 8
-    byte = tl.arange(0, BLOCK_D // 8)
-    channel = tl.arange(0, BLOCK_D)
-    mask = is_used[:, None] & (byte < PLANE)[None, :]
-    codes_ptr += token[:, None] * ((REFINE - 1) * PLANE) + byte[None, :]
-    place = token % TILE_SIZE
-    words_ptr += (token // TILE_SIZE * ROWS + place % ROWS)[:, None] * D + channel[None, :]
-    words = tl.load(
-        words_ptr, mask=is_used[:, None] & (channel < D)[None, :], other=0, cache_modifier=".cg"
-    )
-    level = tl.zeros([token.shape[0], BLOCK_D // 8, 8], tl.int32)
-    for plane in tl.static_range(REFINE - 1):
-        bits = tl.load(codes_ptr + plane * PLANE, mask=mask, other=0, cache_modifier=".cg")
-        bits = bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
-        level = 2 * level + (bits & 1)
-    odd = 2 * tl.reshape(level, [token.shape[0], BLOCK_D]) + 1
-    is_high = ((words.to(tl.int32) >> (place // ROWS)[:, None]) & 1) != 0
-    return tl.where(is_high, odd, -odd).to(tl.int8)
+    return ((nibbles & 15) * 0x208041) & 0x01010101
+
+
+@triton.jit
+def _add_plane(words, bytes_):
+    """Twice the packed bytes ``words [n, 2 k]``, plus a plane of bits ``[n, k]``."""
+    wide = bytes_.to(tl.int32)
+    spread = tl.join(_spread(wide), _spread(wide >> 4))
+    return 2 * words + tl.reshape(spread, [words.shape[0], words.shape[1]])
+
+
+@triton.jit
+def _bytes_of(words):
+    """Packed bytes ``[n, k]`` as int8 ``[n, 4 k]``, the lowest first."""
+    even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), [words.shape[0], 4 * words.shape[1]])
 
 
 @triton.jit(do_not_specialize=["num_lists", "num_queries", "tiles", "num_candidates"])
 def code_scores_kernel(
     operand_ptr,
+    total_ptr,
     unit_ptr,
     mean_ptr,
     planes_ptr,
@@ -113,15 +111,18 @@ def code_scores_kernel(
     LIST_HEADS: tl.constexpr,
     REFINE: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
+    CHANNEL_BLOCKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     """Candidates ``TILE * tile ..`` of one list by the codes: ``a (R (q / d)) . b + q . mu``.
 
-    The query is as `query_kernel` left it for the first scoring, and `factor` is what the logits of
-    this one are of those. The sums are whole numbers, as in `rotated_scores_kernel`. A row is ``(b,
-    list, t)``; what is written says `_write_candidates`.
+    The query is as `query_kernel` left it, its channels in the order of packed codes, and `factor` is what the logits of
+    this one are of those. A token's sign is bit ``place // 32`` of row ``place % 32`` of its tile's
+    words. The sums are whole numbers, as in `rotated_scores_kernel`. A row is ``(b, list, t)``;
+    what is written says `_write_candidates`.
     """
     row = tl.program_id(1).to(tl.int64)
     t = row % num_queries
@@ -131,9 +132,13 @@ def code_scores_kernel(
     first_head = (list_ % lists_per_kv_head * LIST_HEADS).to(tl.int32)
     block = first_head // HEADS + tl.program_id(2)
     score_row = kv_row * num_queries + t
+    PLANE: tl.constexpr = (D + 7) // 8
     head = tl.arange(0, HEADS)
-    channel = tl.arange(0, BLOCK_D)
+    part = tl.arange(0, BLOCK_C)
     column = tl.arange(0, 2 * HEADS)
+    channel = tl.arange(0, BLOCK_D)
+    pair = tl.arange(0, BLOCK_D // 2)
+    byte = tl.arange(0, BLOCK_D // 8)
     query_slot = (score_row * BLOCKS + block) * HEADS
     operand = tl.load(
         operand_ptr + query_slot * 2 * D + column[None, :] * D + channel[:, None],
@@ -141,12 +146,35 @@ def code_scores_kernel(
         other=0,
         cache_modifier=".cg",
     )
-    unit = tl.load(unit_ptr + query_slot + head, cache_modifier=".cg")
+    totals = tl.load(
+        total_ptr + (query_slot + head)[:, None] * CHANNEL_BLOCKS + part[None, :],
+        mask=(part < CHANNEL_BLOCKS)[None, :],
+        other=0,
+        cache_modifier=".cg",
+    )
+    unit = tl.load(unit_ptr + query_slot + head, cache_modifier=".cg") * (0.5 * USUAL_RATIO)
     await_previous(IS_EARLY)
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     token, is_used = _load_candidates(candidate_ptr + row * num_candidates, slot, num_candidates)
     start_next(IS_EARLY)
     first_token = kv_row * tiles * TILE_SIZE
+    place = token % TILE_SIZE
+    planes_ptr = (planes_ptr + kv_row * tiles * (ROWS * D)).to(tl.pointer_type(tl.int32))
+    pairs = tl.load(
+        planes_ptr + (token // TILE_SIZE * ROWS + place % ROWS)[:, None] * (D // 2) + pair[None, :],
+        mask=is_used[:, None] & (pair < D // 2)[None, :],
+        other=0,
+        cache_modifier=".cg",
+    )
+    codes_ptr += (first_token + token)[:, None] * ((REFINE - 1) * PLANE) + byte[None, :]
+    mask = is_used[:, None] & (byte < PLANE)[None, :]
+    first = tl.load(codes_ptr, mask=mask, other=0, cache_modifier=".cg")
+    second = first
+    third = first
+    if REFINE > 2:
+        second = tl.load(codes_ptr + PLANE, mask=mask, other=0, cache_modifier=".cg")
+    if REFINE > 3:
+        third = tl.load(codes_ptr + 2 * PLANE, mask=mask, other=0, cache_modifier=".cg")
     scale = tl.load(scale_ptr + first_token + token, cache_modifier=".cg")
     ratio = tl.load(ratio_ptr + first_token + token, cache_modifier=".cg")
     mean_ptr += score_row * tiles * (TILE_SIZE // GROUP * BLOCKS * HEADS) + block * HEADS
@@ -156,16 +184,21 @@ def code_scores_kernel(
         other=0.0,
         cache_modifier=".cg",
     )
-    levels = _load_levels(
-        codes_ptr + first_token * ((REFINE - 1) * ((D + 7) // 8)),
-        planes_ptr + kv_row * tiles * (ROWS * D),
-        token, is_used, D, BLOCK_D, REFINE,
-    )  # fmt: skip
-    sums = tl.dot(levels, operand, out_dtype=tl.int32)
+    # Codes as packed bytes, four channels in a word: the sign, then a plane at a time.
+    signs = (pairs >> (place // ROWS)[:, None]) & 0x00010001
+    low, high = tl.split(tl.reshape(signs, [TILE, BLOCK_D // 4, 2]))
+    words = _add_plane(low + (high << 8), first)
+    if REFINE > 2:
+        words = _add_plane(words, second)
+    if REFINE > 3:
+        words = _add_plane(words, third)
+    sums = tl.dot(_bytes_of(words), operand, out_dtype=tl.int32)
     byte_worth = tl.where(tl.arange(0, 2) == 0, 256, 1)
     sums = tl.sum(tl.reshape(sums, [TILE, HEADS, 2]) * byte_worth[None, None, :], axis=2)
-    exponent = (ratio.to(tl.float32) - 128.0) * (1.0 / OCTAVE)
-    own = scale.to(tl.float32) * tl.exp2(exponent) * (0.5 * USUAL_RATIO)
+    # Twice b: codes count up from the lowest level.
+    sums = 2 * sums - tl.sum(totals, axis=1)[None, :] * ((1 << REFINE) - 1)
+    upper_half = (ratio.to(tl.int32) + HALF) << 16
+    own = scale.to(tl.float32) * upper_half.to(tl.float32, bitcast=True)
     logit = (sums.to(tl.float32) * unit[None, :] * own[:, None] + mean) * factor
     if HAS_CAP:
         logit = cap(logit, softcap)
@@ -242,7 +275,8 @@ def key_scores_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "num_lists", "num_queries", "sinks", "recent", "budget", "num_candidates", "width",
+        "num_lists", "num_queries", "sinks", "recent", "smallest", "budget", "num_candidates",
+        "width",
     ]
 )  # fmt: skip
 def refine_kernel(
@@ -251,12 +285,14 @@ def refine_kernel(
     sum_ptr,
     sink_ptr,
     candidate_ptr,
+    plan_ptr,
     key_ptr,
     token_index_ptr,
     num_lists,
     num_queries,
     sinks,
     recent,
+    smallest,
     budget,
     num_candidates,
     width,
@@ -266,8 +302,9 @@ def refine_kernel(
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ALWAYS: tl.constexpr,
     HAS_SINK: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -278,62 +315,58 @@ def refine_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     list_ = row // num_queries % num_lists
-    candidate_ptr += row * num_candidates
-    key_ptr += row * (PIECES * BLOCK)
-    slot = tl.arange(0, BLOCK)
-    token = tl.zeros([BLOCK], tl.int32)
-    num_used = 0
-    for piece in range(PIECES):
-        token, is_used = _load_candidates(candidate_ptr, piece * BLOCK + slot, num_candidates)
-        num_used += tl.sum(is_used.to(tl.int32), axis=0)
-    await_previous(IS_EARLY)
     TILES: tl.constexpr = BLOCK // TILE
     tiles: tl.constexpr = PIECES * TILES
+    candidate_ptr += row * num_candidates
+    key_ptr += row * (PIECES * BLOCK)
+    token_index_ptr += row * width
     weight_ptr += row * (PIECES * BLOCK * HEADS)
     most_ptr += row * (tiles * HEADS)
     sum_ptr += row * (tiles * HEADS)
+    slot = tl.arange(0, BLOCK)
+    token, _is_used = _load_candidates(candidate_ptr, slot, num_candidates)
+    num_used = tl.load(plan_ptr + row * 2 + 1, cache_modifier=".cg")
+    await_previous(IS_EARLY)
     bits = load_bits(weight_ptr, 0, tiles, HEADS, HEADS, BLOCK_H, BLOCK, TILE)
-    log_sum = log_sums(
-        most_ptr, sum_ptr, sink_ptr, tiles, HEADS, list_ * HEADS, sink_factor,
-        HEADS, BLOCK_H, BLOCK_TILES, HAS_SINK,
-    )  # fmt: skip
-    start_next(IS_EARLY)
     head = tl.arange(0, BLOCK_H)
-    highs = tl.zeros([EXPONENTS], tl.int32)
+    tile = tl.arange(0, TILES)[:, None]
+    own = (head < HEADS)[None, :]
+    mosts = tl.load(most_ptr + tile * HEADS + head[None, :], mask=own, other=float("-inf"))
+    sums = tl.load(sum_ptr + tile * HEADS + head[None, :], mask=own, other=0.0)
+    most, total = start_log_sum(sink_ptr, list_ * HEADS, sink_factor, HEADS, BLOCK_H, HAS_SINK)
+    most, total = add_tiles(mosts, sums, most, total)
+    for piece in range(1, PIECES):
+        place = (piece * TILES + tile) * HEADS + head[None, :]
+        others = tl.load(most_ptr + place, mask=own, other=float("-inf"))
+        sums = tl.load(sum_ptr + place, mask=own, other=0.0)
+        most, total = add_tiles(others, sums, most, total)
+    log_sum = end_log_sum(most, total)
+    start_next(IS_EARLY)
     key = tl.zeros([BLOCK], tl.int32)
+    bins = tl.zeros([MANTISSAS], tl.int32)
     for piece in range(PIECES):
         if PIECES > 1:
             bits = load_bits(weight_ptr, piece, tiles, HEADS, HEADS, BLOCK_H, BLOCK, TILE)
-        tile = piece * TILES + tl.arange(0, TILES)
-        mosts = tl.load(
-            most_ptr + tile[:, None] * HEADS + head[None, :],
-            mask=(head < HEADS)[None, :],
-            other=float("-inf"),
+            place = (piece * TILES + tile) * HEADS + head[None, :]
+            mosts = tl.load(most_ptr + place, mask=own, other=float("-inf"))
+        priority = priority_of(bits.to(tl.int32), mosts, log_sum, TILES, HEADS, BLOCK_H, BLOCK)
+        place = piece * BLOCK + slot
+        key = key_of(
+            priority, place < num_used, place + 1, num_used, sinks, recent, smallest, SHIFT, ALWAYS
         )
-        weights = bits.to(tl.int32)
-        priority = priority_of(weights, mosts, log_sum, TILES, HEADS, BLOCK_H, BLOCK)
-        is_used = tl.max(weights, axis=1) > 0
-        key = key_of(priority, is_used, piece * BLOCK + slot + 1, num_used, sinks, recent)
         if PIECES > 1:
-            tl.store(key_ptr + piece * BLOCK + slot, key.to(tl.int16))
-        highs += tl.histogram(key >> MANTISSA_BITS, EXPONENTS, mask=key > 0)
-    high, above = threshold(highs, budget, EXPONENTS)
-    lows = tl.zeros([MANTISSAS], tl.int32)
+            tl.store(key_ptr + place, key.to(tl.int16))
+        bins += tl.histogram(key, MANTISSAS, mask=key > 0)
+    _low, cut, num_ties, num_chosen = cut_of(0, 0, bins, budget, MANTISSAS)
     if PIECES > 1:
         tl.debug_barrier()
-    for piece in range(PIECES):
-        if PIECES > 1:
-            key = tl.load(key_ptr + piece * BLOCK + slot, cache_modifier=".cg").to(tl.int32)
-        is_equal = (key > 0) & ((key >> MANTISSA_BITS) == high)
-        lows += tl.histogram(key & (MANTISSAS - 1), MANTISSAS, mask=is_equal)
-    _low, cut, num_ties, num_chosen = cut_of(high, above, lows, budget)
-    token_index_ptr += row * width
     over = 0
     tied = 0
     for piece in range(PIECES):
         if PIECES > 1:
-            key = tl.load(key_ptr + piece * BLOCK + slot, cache_modifier=".cg").to(tl.int32)
-            token, is_used = _load_candidates(candidate_ptr, piece * BLOCK + slot, num_candidates)
+            place = piece * BLOCK + slot
+            key = tl.load(key_ptr + place, cache_modifier=".cg").to(tl.int32)
+            token, _is_used = _load_candidates(candidate_ptr, place, num_candidates)
         place, is_chosen, over, tied = slots_of(key, cut, num_ties, over, tied)
         is_chosen = is_chosen & (place < width)  # as it is, if the counts are right
         tl.store(token_index_ptr + place, token.to(tl.int64), mask=is_chosen)

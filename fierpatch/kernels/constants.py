@@ -15,5 +15,5 @@ MAX_HEADS = tl.constexpr(8)  # that a program scores; the matrix units want as m
 EXPONENTS = tl.constexpr(64)  # that a key of the selection tells apart
 MANTISSA_BITS = tl.constexpr(8)  # of such a key, its lowest
 MANTISSAS = tl.constexpr(1 << MANTISSA_BITS.value)
-OCTAVE = tl.constexpr(refinement.OCTAVE)
+HALF = tl.constexpr(refinement.HALF)
 LOG2_E = tl.constexpr(math.log2(math.e))

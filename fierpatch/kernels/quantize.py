@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.constants import FLOAT16_MAX, OCTAVE, ROWS, TILE_SIZE
+from fierpatch.kernels.constants import FLOAT16_MAX, HALF, ROWS, TILE_SIZE
 
 
 @triton.jit
@@ -178,38 +178,39 @@ def store_codes(
     codes_ptr,
     ratio_ptr,
     x,
-    scale,
     token,
     valid,
     D: tl.constexpr,
     REFINE: tl.constexpr,
-    STEP: tl.constexpr,
+    SQUARE_STEP: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
 ):
     """What `Refinement.encode` makes of rotated keys ``[n, BLOCK_D]``, as rows ``token [n]``."""
     channel = tl.arange(0, x.shape[1])
     magnitude = tl.abs(x).to(tl.float64)
-    energy = tl.sum(magnitude * magnitude, axis=1)
-    step = STEP * tl.sqrt(energy / D)
+    square = magnitude * magnitude
+    energy = tl.sum(square, axis=1)
+    unit = energy * SQUARE_STEP
     level = tl.zeros(x.shape, tl.int32)
     for least in tl.static_range(1, 1 << (REFINE - 1)):
-        level += (magnitude >= (least * step)[:, None]).to(tl.int32)
-    level = tl.where((channel < D)[None, :], level, 0)
+        level += (square >= (least * least * unit)[:, None]).to(tl.int32)
     overlap = tl.sum(magnitude * (level.to(tl.float64) + 0.5), axis=1)
-    own = tl.where(overlap > 0, energy / tl.where(overlap > 0, overlap, 1.0), 0.0)
-    known = scale.to(tl.float64) * USUAL_RATIO
-    is_known = (known > 0) & (own > 0)
-    ratio = tl.where(is_known, own / tl.where(is_known, known, 1.0), 1.0)
-    # No float64 has a logarithm half way between two bytes but 1.
-    octave = tl.floor(tl.log2(ratio) * OCTAVE + 0.5)
-    octave = tl.minimum(tl.maximum(octave, -128.0), 127.0) + 128.0
-    tl.store(ratio_ptr + token, octave.to(tl.uint8), mask=valid)
+    # Both scales are the energy over an overlap: that of the signs, and that of the levels.
+    overlap = (overlap * USUAL_RATIO).to(tl.float32)
+    signs = tl.sum(magnitude, axis=1).to(tl.float32)
+    ratio = tl.where(overlap > 0, tl.div_rn(signs, tl.where(overlap > 0, overlap, 1.0)), 1.0)
+    byte = ((ratio.to(tl.int32, bitcast=True) + 0x8000) >> 16) - HALF
+    byte = tl.minimum(tl.maximum(byte, 0), 255)
+    tl.store(ratio_ptr + token, byte.to(tl.uint8), mask=valid)
+    # As whole numbers that count up from the lowest level.
+    code = tl.where(x >= 0, level, -1 - level)
+    code = tl.where((channel < D)[None, :], code, 0)
     PLANE: tl.constexpr = (D + 7) // 8
     byte = tl.arange(0, x.shape[1] // 8)
     codes_ptr += token.to(tl.int64)[:, None] * ((REFINE - 1) * PLANE) + byte[None, :]
     mask = valid[:, None] & (byte < PLANE)[None, :]
     for plane in tl.static_range(REFINE - 1):
-        bits = (level >> (REFINE - 2 - plane)) & 1
+        bits = (code >> (REFINE - 2 - plane)) & 1
         bits = tl.reshape(bits, [x.shape[0], x.shape[1] // 8, 8]) << tl.arange(0, 8)[None, None, :]
         tl.store(codes_ptr + plane * PLANE, tl.sum(bits, axis=2).to(tl.uint8), mask=mask)
 
@@ -236,7 +237,7 @@ def quantize_rotated(
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     REFINE: tl.constexpr,
-    STEP: tl.constexpr,
+    SQUARE_STEP: tl.constexpr,
     USUAL_RATIO: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
 ):
@@ -287,8 +288,8 @@ def quantize_rotated(
                 tl.store(scale_ptr + alone, scale)
                 if REFINE > 0:
                     store_codes(
-                        codes_ptr, ratio_ptr, x[None, :], scale, alone, alone >= 0,
-                        D, REFINE, STEP, USUAL_RATIO,
+                        codes_ptr, ratio_ptr, x[None, :], alone, alone >= 0,
+                        D, REFINE, SQUARE_STEP, USUAL_RATIO,
                     )  # fmt: skip
                 tl.debug_barrier()
         else:
@@ -311,8 +312,8 @@ def quantize_rotated(
                 tl.store(scale_ptr + token, scale, mask=valid)
                 if REFINE > 0:
                     store_codes(
-                        codes_ptr, ratio_ptr, x, scale, token, valid,
-                        D, REFINE, STEP, USUAL_RATIO,
+                        codes_ptr, ratio_ptr, x, token, valid,
+                        D, REFINE, SQUARE_STEP, USUAL_RATIO,
                     )  # fmt: skip
     if has_words:
         tl.debug_barrier()

@@ -40,6 +40,7 @@ def _rotate(
     balance,
     matrix,
     operand_ptr,
+    packed_ptr,
     total_ptr,
     unit_ptr,
     slot,
@@ -49,12 +50,15 @@ def _rotate(
     HEADS: tl.constexpr,
     OUT: tl.constexpr,
     NORM: tl.constexpr,
+    HAS_CODES: tl.constexpr,
 ):
     """Channels ``task * OUT ..`` of the rotated ``query [8, BLOCK_D]``, heads of one KV head.
 
     Writes, at slot ``(r, n) * HEADS``, which is row ``r = (b, h, t)`` and block n of HEADS heads:
         operand int8 ``[r, n, HEADS, 2, D]``: the two bytes of the rotated query in units of unit,
             the higher first.
+        packed int8 ``[r, n, HEADS, 2, D]``, where there are codes: the same, of each four channels
+            the second and third exchanged.
         total int32 ``[r, n, HEADS, D / OUT]``: the sum of those numbers, by block of channels.
         unit float32 ``[r, n, HEADS]``, times the logit scale.
     """
@@ -75,6 +79,11 @@ def _rotate(
     place = operand_ptr + slot * 2 * D + head[None, :] * (2 * D) + out[:, None]
     tl.store(place, high.to(tl.int8), mask=mask)
     tl.store(place + D, low.to(tl.int8), mask=mask)
+    if HAS_CODES:
+        other = out + (out & 1) - ((out >> 1) & 1)
+        place = packed_ptr + slot * 2 * D + head[None, :] * (2 * D) + other[:, None]
+        tl.store(place, high.to(tl.int8), mask=mask)
+        tl.store(place + D, low.to(tl.int8), mask=mask)
     total = tl.sum(tl.where(inside[:, None], whole, 0), axis=0)
     blocks: tl.constexpr = (D + OUT - 1) // OUT
     tl.store(total_ptr + (slot + head) * blocks + task, total, mask=head < HEADS)
@@ -117,6 +126,7 @@ def query_kernel(
     centre_ptr,
     counters_ptr,
     operand_ptr,
+    packed_ptr,
     total_ptr,
     unit_ptr,
     mean_ptr,
@@ -136,6 +146,7 @@ def query_kernel(
     OUT: tl.constexpr,
     GROUPS: tl.constexpr,
     NORM: tl.constexpr,
+    HAS_CODES: tl.constexpr,
     SPLIT: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -173,8 +184,8 @@ def query_kernel(
         query = load_query(query_ptr, head, channel, num_heads, stride_h, D)
         start_next(IS_EARLY)
         _rotate(
-            query, balance, matrix, operand_ptr, total_ptr, unit_ptr,
-            (row * BLOCKS + block) * HEADS, task, logit_scale, D, HEADS, OUT, NORM,
+            query, balance, matrix, operand_ptr, packed_ptr, total_ptr, unit_ptr,
+            (row * BLOCKS + block) * HEADS, task, logit_scale, D, HEADS, OUT, NORM, HAS_CODES,
         )  # fmt: skip
     else:
         query = load_query(query_ptr, head, channel, num_heads, stride_h, D)

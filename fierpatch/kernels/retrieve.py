@@ -16,14 +16,28 @@ from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.append import state_arguments
 from fierpatch.kernels.attention import product_constants
 from fierpatch.kernels.candidates import code_scores_kernel, key_scores_kernel, refine_kernel
-from fierpatch.kernels.constants import LOG2_E, MAX_HEADS
+from fierpatch.kernels.constants import EXPONENTS, LOG2_E, MANTISSAS, MAX_HEADS
 from fierpatch.kernels.early import can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.query import LEVELS, query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
-from fierpatch.kernels.shape import CHANNELS_AT_ONCE, GROUPS_AT_ONCE, Scratch, Shape
-from fierpatch.kernels.top_k import compact_kernel, key_kernel, low_kernel
+from fierpatch.kernels.shape import (
+    CANDIDATE_TILE,
+    CHANNELS_AT_ONCE,
+    GROUPS_AT_ONCE,
+    Scratch,
+    Shape,
+)
+from fierpatch.kernels.top_k import (
+    COARSE,
+    EXACT,
+    FINE,
+    Keys,
+    compact_kernel,
+    key_kernel,
+    low_kernel,
+)
 from fierpatch.reference import CANDIDATE_TEMPERATURE
 
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
@@ -87,7 +101,7 @@ def score(
         prepared = (scratch.total, scratch.unit, scratch.mean)
         query_specialization(shape, query.dtype, is_early).launch(
             (shape.query_tasks, *grid[1:]),
-            query, balance, rotation, centre, counters, scratch.operand, *prepared,
+            query, balance, rotation, centre, counters, scratch.operand, scratch.packed, *prepared,
             *query.stride()[:3], *sizes, logits.factor,
         )  # fmt: skip
         rotated_scores_specialization(shape, has_mask, has_cap, is_early).launch(
@@ -124,18 +138,17 @@ def select(
     sink_dtype = None if sink_logits is None else sink_logits.dtype
     is_early = can_start_early(counters.device)
     make_keys, count_low, compact = select_specializations(shape, has_mask, sink_dtype, is_early)
+    keys, budget, blocks = _first_keys(shape), shape.first_budget, shape.blocks_per_chunk
     make_keys.launch(
         grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
-        scratch.key, scratch.high,
-        shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, shape.blocks_per_chunk,
-        _first(shape, Logits(1.0)).in_log2.scale,
+        scratch.key, scratch.high, scratch.chunk_low,
+        shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, blocks,
+        keys.smallest(budget - sinks - recent), _first(shape, Logits(1.0)).in_log2.scale,
     )  # fmt: skip
     parts = (scratch.high, scratch.chunk_low, scratch.chunk_over, scratch.plan)
-    blocks = shape.blocks_per_chunk
-    count_low.launch(grid, scratch.key, *parts, counters, shape.first_budget, blocks)
-    compact.launch(
-        grid, scratch.key, *parts, counters, token_indices, shape.first_budget, width, blocks
-    )
+    if not shape.refine:
+        count_low.launch(grid, scratch.key, *parts, counters, budget, blocks)
+    compact.launch(grid, scratch.key, *parts, counters, token_indices, budget, width, blocks)
     return token_indices
 
 
@@ -168,7 +181,7 @@ def score_candidates(
     blocks = 1 if shape.per_query_head else shape.head_blocks
     code_scores_specialization(shape, own.has_cap, is_early).launch(
         (shape.candidate_tiles, shape.rows, blocks),
-        scratch.operand, scratch.unit, scratch.mean, planes, scale, *codes, scratch.candidates,
+        scratch.packed, scratch.total, scratch.unit, scratch.mean, planes, scale, *codes, scratch.candidates,
         *outputs, *lists, shape.tiles, shape.num_candidates,
         own.factor / first.factor, own.softcap,
     )  # fmt: skip
@@ -190,9 +203,9 @@ def select_candidates(
     refine_specialization(shape, sink_dtype, can_start_early(device)).launch(
         (shape.rows, 1, 1),
         scratch.candidate_weight, scratch.candidate_most, scratch.candidate_sum, sink_logits,
-        scratch.candidates, scratch.candidate_key, token_indices,
+        scratch.candidates, scratch.plan, scratch.candidate_key, token_indices,
         shape.num_lists, shape.num_queries, sinks, recent,
-        shape.budget, shape.num_candidates, shape.width, LOG2_E.value,
+        FINE.smallest(shape.budget - sinks - recent), shape.budget, shape.num_candidates, shape.width, LOG2_E.value,
     )  # fmt: skip
     return token_indices
 
@@ -200,6 +213,11 @@ def select_candidates(
 def _first(shape: Shape, logits: Logits) -> Logits:
     """The logits of the first scoring: of candidates where there are any."""
     return logits.over(CANDIDATE_TEMPERATURE) if shape.refine else logits
+
+
+def _first_keys(shape: Shape) -> Keys:
+    """The keys of the first selection."""
+    return COARSE if shape.refine else EXACT
 
 
 def _new_lists(shape: Shape, device: torch.device) -> Tensor:
@@ -220,6 +238,12 @@ def _head_constants(shape: Shape) -> dict[str, int]:
     }
 
 
+def _channel_constants(shape: Shape) -> dict[str, int]:
+    """In how many parts the query transform leaves a sum over the channels."""
+    channel_blocks = triton.cdiv(shape.index.head_dim, CHANNELS_AT_ONCE)
+    return {"CHANNEL_BLOCKS": channel_blocks, "BLOCK_C": triton.next_power_of_2(channel_blocks)}
+
+
 @cache
 def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Specialization:
     """Of `query_kernel`."""
@@ -229,6 +253,7 @@ def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Sp
         "OUT": CHANNELS_AT_ONCE,
         "GROUPS": GROUPS_AT_ONCE,
         "NORM": rotation_norm(head_dim),
+        "HAS_CODES": shape.refine > 0 and not shape.refines_by_keys,
         "SPLIT": dtype == torch.float32,
         "IS_EARLY": is_early,
     }
@@ -242,13 +267,10 @@ def rotated_scores_specialization(
 ) -> Specialization:
     """Of `rotated_scores_kernel`."""
     assert isinstance(shape.index, RotatedIndex)
-    head_dim = shape.index.head_dim
-    channel_blocks = triton.cdiv(head_dim, CHANNELS_AT_ONCE)
     constants = {
         **_head_constants(shape),
+        **_channel_constants(shape),
         "BITS": shape.index.bits,
-        "CHANNEL_BLOCKS": channel_blocks,
-        "BLOCK_C": triton.next_power_of_2(channel_blocks),
         "LISTS": shape.num_lists // shape.num_kv_heads,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
@@ -279,6 +301,10 @@ def fier_scores_specialization(
     return Specialization(fier_scores_kernel, constants, num_warps=num_warps, num_stages=1)
 
 
+def _key_constants(keys: Keys) -> dict[str, int]:
+    return {"SHIFT": keys.shift, "ALWAYS": keys.always}
+
+
 @cache
 def select_specializations(
     shape: Shape, has_mask: bool, sink_dtype: torch.dtype | None, is_early: bool
@@ -289,26 +315,32 @@ def select_specializations(
     otherwise stop to compile.
     """
     heads = shape.list_heads
-    block = {"BLOCK": shape.select_block}
+    block, is_coarse = {"BLOCK": shape.select_block}, {"IS_COARSE": shape.refine > 0}
     keys = {
         "G": shape.num_groups,
         "HEADS": heads,
         "BLOCK_H": triton.next_power_of_2(heads),
         **block,
         "BLOCK_TILES": 512 if shape.tiles > 256 else 256,
+        **_key_constants(_first_keys(shape)),
+        **is_coarse,
         "HAS_MASK": has_mask,
         "HAS_SINK": sink_dtype is not None,
     }
     at_once = min(max(triton.next_power_of_2(shape.chunks), 8), 32)
     pieces = triton.cdiv(shape.chunks, at_once)
-    chunks = {"CHUNKS": at_once, "PIECES": pieces, "BLOCK_W": 1024}
+    bins = EXPONENTS.value if shape.refine else MANTISSAS.value
+    chunks = {"CHUNKS": at_once, "PIECES": pieces, "BLOCK_W": 1024, "BINS": bins, **is_coarse}
     num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
     early = {"IS_EARLY": is_early}
     return (
         Specialization(key_kernel, keys | early, num_warps=num_warps, is_early=is_early),
         Specialization(low_kernel, block | early, num_warps=num_warps),
         Specialization(
-            compact_kernel, block | chunks | early, num_warps=num_warps, is_early=is_early
+            compact_kernel,
+            block | chunks | early,
+            num_warps=num_warps,
+            is_early=is_early and not shape.refine,
         ),
     )
 
@@ -322,12 +354,13 @@ def code_scores_specialization(shape: Shape, has_cap: bool, is_early: bool) -> S
         "LIST_HEADS": shape.list_heads,
         "REFINE": shape.index.refine_bits,
         "USUAL_RATIO": shape.index.refinement.usual_ratio,
-        "TILE": shape.candidate_tile,
+        **_channel_constants(shape),
+        "TILE": CANDIDATE_TILE,
         "HAS_CAP": has_cap,
         "IS_EARLY": is_early,
     }
     return Specialization(
-        code_scores_kernel, constants, num_warps=4, num_stages=1, is_early=is_early
+        code_scores_kernel, constants, num_warps=2, num_stages=1, is_early=is_early
     )
 
 
@@ -343,7 +376,7 @@ def key_scores_specialization(
         "LIST_HEADS": shape.list_heads,
         "BLOCK_H": max(16, triton.next_power_of_2(shape.list_heads)),
         "LISTS_PER_KV_HEAD": shape.num_lists // shape.num_kv_heads,
-        "TILE": shape.candidate_tile,
+        "TILE": CANDIDATE_TILE,
         **product_constants(head_dim, dtype),
         "HAS_CAP": has_cap,
         "IS_EARLY": is_early,
@@ -363,9 +396,9 @@ def refine_specialization(
         "BLOCK_H": triton.next_power_of_2(shape.list_heads),
         "BLOCK": shape.candidate_block,
         "PIECES": shape.candidate_blocks,
-        "TILE": shape.candidate_tile,
-        "BLOCK_TILES": min(triton.next_power_of_2(shape.candidate_tiles), 256),
+        "TILE": CANDIDATE_TILE,
         "BLOCK_W": 1024,
+        **_key_constants(FINE),
         "HAS_SINK": sink_dtype is not None,
         "IS_EARLY": is_early,
     }

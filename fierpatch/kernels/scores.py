@@ -45,6 +45,7 @@ def _byte_weight(p: tl.constexpr):
 
 @triton.jit
 def _byte_plane(words, p: tl.constexpr):
+    """Bit p of bytes, as the signed byte that AND leaves."""
     if p == 7:
         return words & tl.full([], -128, tl.int8)
     else:

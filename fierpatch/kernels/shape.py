@@ -17,6 +17,7 @@ CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
 GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
 _BLOCK = 2048  # tokens a program of the selection reads at once
 _MAX_CHUNKS = 64
+CANDIDATE_TILE = 32  # candidates that a program scores
 _CANDIDATE_WEIGHTS = 16_384  # that a program of the second selection has in registers
 _MAX_PROGRAMS = 528  # of the selection, four for each of 132 multiprocessors
 
@@ -165,15 +166,10 @@ class Shape:
         return self.refine > 0 and not self.index.refined_bytes_per_token
 
     @cached_property
-    def candidate_tile(self) -> int:
-        """Candidates that a program scores at once."""
-        return 32 if self.refines_by_keys else 64
-
-    @cached_property
     def candidate_block(self) -> int:
         """Candidates that the program of the second selection reads at once: as registers allow."""
         most = _CANDIDATE_WEIGHTS // max(triton.next_power_of_2(self.list_heads), 4)
-        return max(min(triton.next_power_of_2(self.num_candidates), most), self.candidate_tile)
+        return max(min(triton.next_power_of_2(self.num_candidates), most), CANDIDATE_TILE)
 
     @cached_property
     def candidate_blocks(self) -> int:
@@ -183,7 +179,7 @@ class Shape:
     @cached_property
     def candidate_tiles(self) -> int:
         """Programs that score one list's candidates, whole blocks of them."""
-        return self.candidate_blocks * self.candidate_block // self.candidate_tile
+        return self.candidate_blocks * self.candidate_block // CANDIDATE_TILE
 
 
 class Scratch:
@@ -205,6 +201,8 @@ class Scratch:
         slots = shape.score_rows * shape.head_blocks * shape.heads
         slots = slots if isinstance(shape.index, RotatedIndex) else 0
         self.operand = empty(slots * 2 * head_dim, dtype=torch.int8)
+        has_codes = shape.refine > 0 and not shape.refines_by_keys
+        self.packed = empty(slots * 2 * head_dim if has_codes else 0, dtype=torch.int8)
         self.total = empty(slots * triton.cdiv(head_dim, CHANNELS_AT_ONCE), dtype=torch.int32)
         self.unit = empty(slots)
         self.mean = empty(groups * slots)
@@ -228,9 +226,9 @@ class Scratch:
             return torch.empty(sizes, dtype=dtype, device=device)
 
         self.candidates = empty(shape.rows, shape.num_candidates, dtype=torch.int64)
-        self.candidate_weight = empty(*tiles, shape.candidate_tile, heads, dtype=torch.int16)
+        self.candidate_weight = empty(*tiles, CANDIDATE_TILE, heads, dtype=torch.int16)
         self.candidate_most = empty(*tiles, heads)
         self.candidate_sum = empty(*tiles, heads)
         # Read again only by a program that has not kept them.
-        slots = shape.rows * shape.candidate_tiles * shape.candidate_tile
+        slots = shape.rows * shape.candidate_tiles * CANDIDATE_TILE
         self.candidate_key = empty(slots if shape.candidate_blocks > 1 else 0, dtype=torch.int16)

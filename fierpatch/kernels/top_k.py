@@ -1,17 +1,20 @@
-"""Exact selection over long rows: a radix select on 14-bit keys, in three launches.
+"""Selection over long rows: the largest keys, exactly, of which ties go to the lowest position.
 
-The first makes keys and the row's histogram of their exponents, the second the histogram of the
-mantissas of the keys at the threshold's exponent, the third the list. Only whole numbers are
-added up by atomics, so the result is the same in every run: positions ascend, and ties go to the
-lowest. Each launch has one program a chunk of a row, which it reads in blocks.
+A key orders tokens as their priority does, the mean over the query group of softmax: its exponent
+and a few bits of mantissa. Only whole numbers are added up, so the result is the same in every run;
+positions ascend. Each launch has one program a chunk of a row, which it reads in blocks.
 
-A key orders tokens as their priority does, the mean over the query group of softmax. It has 6 bits
-of exponent, down to 2 ** -63, and 8 of mantissa; smaller priorities are alike. 0 is an invisible
-token, 16383 one that is always attended (a sink or a recent). What a histogram costs a GPU is votes
-of its warps, a few for each bit, so the exponent is one and the mantissa the other.
+A list is chosen by `EXACT` keys in three launches: keys and the row's histogram of their exponents,
+the histogram of the mantissas of keys at the threshold's exponent, the list. What a histogram costs
+a GPU is votes of its warps, a few for each bit, so the exponent is one and the mantissa the other.
+Candidates for a second scoring are chosen by `COARSE` keys of so few bits that one histogram is
+enough, in two.
 """
 
 from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -20,9 +23,47 @@ from fierpatch.kernels.constants import EXPONENTS, MANTISSA_BITS, MANTISSAS, TIL
 from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.scores import weight_of
 
-ALWAYS = tl.constexpr(EXPONENTS.value * MANTISSAS.value - 1)
-# The key of 2 ** (1 - EXPONENTS) before it is moved to 0; 127 is the exponent of 1 in float32.
-SMALLEST = tl.constexpr((128 - EXPONENTS.value) * MANTISSAS.value)
+
+@dataclass(frozen=True)
+class Keys:
+    """What of a float32 priority a key has: the bits from `shift` on, less those of the smallest.
+
+    0 is an invisible token, `always` one that is attended whatever its priority (a sink or a
+    recent), and 1 and ``always - 1`` all that is below and above the range.
+
+    Args:
+        shift: bits that a key leaves out.
+        always: the largest key.
+        lowest: exponent of the smallest priorities that are told apart; None lets the range end
+            where it need not go on.
+    """
+
+    shift: int
+    always: int
+    lowest: int | None = None
+
+    def smallest(self, count: int) -> int:
+        """What a key of 0 would be of the float32, where the `count` largest are chosen.
+
+        Priorities add up to 1, so that fewer than `count` are above ``1 / count``, and all of those
+        are chosen: what they are is not told apart.
+        """
+        if self.lowest is not None:
+            return _upper_bits(2.0**self.lowest, self.shift)
+        return _upper_bits(1 / max(count, 1), self.shift) + 2 - self.always
+
+
+def _upper_bits(number: float, shift: int) -> int:
+    (bits,) = struct.unpack("<i", struct.pack("<f", number))
+    return int(bits) >> shift
+
+
+# 6 bits of exponent, down to 2 ** -63, and 8 of mantissa.
+EXACT = Keys(23 - MANTISSA_BITS.value, EXPONENTS.value * MANTISSAS.value - 1, 1 - EXPONENTS.value)
+# Quarters of an octave, 15 of them below 1 / count.
+COARSE = Keys(21, EXPONENTS.value - 1)
+# Sixteenths, as many.
+FINE = Keys(19, MANTISSAS.value - 1)
 
 
 @triton.jit
@@ -71,33 +112,35 @@ def load_bits(
 
 
 @triton.jit
-def log_sums(
-    most_ptr, sum_ptr, sink_ptr, num_tiles, tile_stride, first_head, sink_factor,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_TILES: tl.constexpr, HAS_SINK: tl.constexpr,
+def start_log_sum(
+    sink_ptr, first_head, sink_factor,
+    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HAS_SINK: tl.constexpr,
 ):  # fmt: skip
-    """Each head's log2-sum-exp2 over the row's tiles, beside its sink logit: ``[BLOCK_H]``.
+    """The largest logit and the sum relative to it of each head's sink alone: ``[BLOCK_H]``.
 
     `sink_factor` takes a sink logit to the units of log2 that the others are in.
     """
-    head = tl.arange(0, BLOCK_H)
-    within = head < HEADS
-    most = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
     if HAS_SINK:
-        sink = tl.load(sink_ptr + first_head + head, mask=within, other=0.0)
-        most = sink.to(tl.float32) * sink_factor
-        total += 1.0
-    for start in range(0, num_tiles, BLOCK_TILES):
-        tile = start + tl.arange(0, BLOCK_TILES)
-        address = tile[:, None] * tile_stride + head[None, :]
-        mask = (tile < num_tiles)[:, None] & within[None, :]
-        mosts = tl.load(most_ptr + address, mask=mask, other=float("-inf"))
-        sums = tl.load(sum_ptr + address, mask=mask, other=0.0)
-        larger = tl.maximum(most, tl.max(mosts, axis=0))
-        reference = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp2(most - reference)
-        total += tl.sum(sums * tl.exp2(mosts - reference[None, :]), axis=0)
-        most = larger
+        head = tl.arange(0, BLOCK_H)
+        sink = tl.load(sink_ptr + first_head + head, mask=head < HEADS, other=0.0)
+        return sink.to(tl.float32) * sink_factor, tl.full([BLOCK_H], 1.0, tl.float32)
+    else:
+        return tl.full([BLOCK_H], float("-inf"), tl.float32), tl.zeros([BLOCK_H], tl.float32)
+
+
+@triton.jit
+def add_tiles(mosts, sums, most, total):
+    """`most` and `total` with those of some tiles ``[tiles, BLOCK_H]`` as well."""
+    larger = tl.maximum(most, tl.max(mosts, axis=0))
+    reference = tl.where(larger == float("-inf"), 0.0, larger)
+    total = total * tl.exp2(most - reference)
+    total += tl.sum(sums * tl.exp2(mosts - reference[None, :]), axis=0)
+    return larger, total
+
+
+@triton.jit
+def end_log_sum(most, total):
+    """Each head's log2-sum-exp2, 0 where there is nothing."""
     return tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), 0.0)
 
 
@@ -116,32 +159,36 @@ def priority_of(
 
 
 @triton.jit
-def key_of(priority, is_visible, rank, num_visible, sinks, recent):
-    """Keys of tokens, the rank-th of `num_visible` from 1 on."""
-    key = (priority.to(tl.int32, bitcast=True) >> (23 - MANTISSA_BITS)) - SMALLEST
+def key_of(
+    priority, is_visible, rank, num_visible, sinks, recent, smallest,
+    SHIFT: tl.constexpr, ALWAYS: tl.constexpr,
+):  # fmt: skip
+    """`Keys` of tokens, the rank-th of `num_visible` from 1 on."""
+    key = (priority.to(tl.int32, bitcast=True) >> SHIFT) - smallest
     key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
     key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
     return tl.where(is_visible, key, 0)
 
 
 @triton.jit
-def cut_of(high, above, lows, budget):
-    """Where a row's keys are cut, given its bins.
+def cut_of(high, above, lows, budget, BINS: tl.constexpr):
+    """Where a row's keys are cut, given their bins.
 
     Args:
-        high, above: the threshold's exponent, and how many keys are above it, see `threshold`.
-        lows: the mantissas of those that have it, int32 ``[MANTISSAS]``.
+        high, above: the threshold's exponent and how many keys are above it, see `threshold`; 0
+            where the bins are of whole keys.
+        lows: how many keys have each mantissa beside that exponent, int32 ``[BINS]``.
 
     Returns:
         The threshold's mantissa, the threshold (0 where all visible tokens are chosen), how many of
         those at it are chosen, and how many in all.
     """
-    low, above_low = threshold(lows, budget - above, MANTISSAS)
+    low, above_low = threshold(lows, budget - above, BINS)
     # With fewer visible tokens than the budget there is no threshold: all of them are chosen.
-    has_cut = high >= 0
-    cut = tl.where(has_cut, high * MANTISSAS + low, 0)
+    has_cut = (high >= 0) & (low >= 0)
+    cut = tl.where(has_cut, high * BINS + low, 0)
     num_ties = tl.where(has_cut, budget - above - above_low, 0)
-    return low, cut, num_ties, tl.where(has_cut, budget, above)
+    return low, cut, num_ties, tl.where(has_cut, budget, above + tl.sum(lows, axis=0))
 
 
 @triton.jit
@@ -173,8 +220,10 @@ def clear_unused(token_index_ptr, num_chosen, width, BLOCK_W: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_lists", "num_queries", "tiles", "sinks", "recent", "blocks"],
-)
+    do_not_specialize=[
+        "num_lists", "num_queries", "tiles", "sinks", "recent", "blocks", "smallest"
+    ]
+)  # fmt: skip
 def key_kernel(
     weight_ptr,
     most_ptr,
@@ -184,18 +233,23 @@ def key_kernel(
     counters_ptr,
     key_ptr,
     high_ptr,
+    chunk_low_ptr,
     num_lists,
     num_queries,
     tiles,
     sinks,
     recent,
     blocks,
+    smallest,
     sink_factor,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    IS_COARSE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SINK: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -203,7 +257,8 @@ def key_kernel(
     """Keys of one chunk of a row, int16 ``[row, token]``, with room for whole chunks.
 
     A row is ``(b, list, t)``; a list is of HEADS of the G query heads of a KV head, all or one.
-    Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared.
+    Adds the keys' exponents to high, int32 ``[row, EXPONENTS]``, which the scores have cleared;
+    coarse keys are counted by chunk, chunk_low int32 ``[row, chunk, EXPONENTS]``.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -224,11 +279,17 @@ def key_kernel(
     weight_ptr += score_row * tiles * TILE_SIZE * G + first_head
     # What takes longest to come is asked for first.
     bits = load_bits(weight_ptr, chunk * blocks, num_tiles, G, HEADS, BLOCK_H, BLOCK, TILE_SIZE)
-    log_sum = log_sums(
-        most_ptr + score_row * tiles * G + first_head, sum_ptr + score_row * tiles * G + first_head,
-        sink_ptr, num_tiles, G, list_ * HEADS, sink_factor,
-        HEADS, BLOCK_H, BLOCK_TILES, HAS_SINK,
-    )  # fmt: skip
+    score_place = score_row * tiles * G + first_head
+    most_ptr += score_place
+    sum_ptr += score_place
+    most, total = start_log_sum(sink_ptr, list_ * HEADS, sink_factor, HEADS, BLOCK_H, HAS_SINK)
+    for start in range(0, num_tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        mask = (tile < num_tiles)[:, None] & (head < HEADS)[None, :]
+        mosts = tl.load(most_ptr + tile[:, None] * G + head[None, :], mask=mask, other=-float("inf"))
+        sums = tl.load(sum_ptr + tile[:, None] * G + head[None, :], mask=mask, other=0.0)
+        most, total = add_tiles(mosts, sums, most, total)
+    log_sum = end_log_sum(most, total)
     if HAS_MASK:
         before = 0
         num_visible = 0
@@ -243,7 +304,6 @@ def key_kernel(
     else:
         num_visible = length - (num_queries - 1 - t).to(tl.int32)
     key_ptr += row * (tl.num_programs(0) * blocks * BLOCK)
-    most_ptr += score_row * tiles * G + first_head
     bin_ = tl.arange(0, EXPONENTS)
     bins = tl.zeros([EXPONENTS], tl.int32)
     for block in range(chunk * blocks, chunk * blocks + blocks):
@@ -265,10 +325,17 @@ def key_kernel(
             before += tl.sum(is_visible.to(tl.int32), axis=0)
         else:
             rank = token + 1
-        key = key_of(priority, is_visible, rank, num_visible, sinks, recent)
+        key = key_of(
+            priority, is_visible, rank, num_visible, sinks, recent, smallest, SHIFT, ALWAYS
+        )
         tl.store(key_ptr + token, key.to(tl.int16))
-        bins += tl.histogram(key >> MANTISSA_BITS, EXPONENTS, mask=key > 0)
-    tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
+        exponent = key if IS_COARSE else key >> MANTISSA_BITS
+        bins += tl.histogram(exponent, EXPONENTS, mask=key > 0)
+    if IS_COARSE:
+        place = row * tl.num_programs(0) + chunk
+        tl.store(chunk_low_ptr + place * EXPONENTS + bin_, bins)
+    else:
+        tl.atomic_add(high_ptr + row * EXPONENTS + bin_, bins, mask=bins > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["budget", "blocks"])
@@ -344,44 +411,52 @@ def compact_kernel(
     CHUNKS: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BINS: tl.constexpr,
+    IS_COARSE: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     """Write the chosen tokens of one chunk where they belong in the row's list.
 
     token_index int64 ``[row, width]`` ascends; slots that a row does not fill are -1, at the end.
-    Clears high, so that the same scores may be selected from again.
+    Clears high, so that the same scores may be selected from again. Where the keys are coarse, puts
+    the number of tokens chosen into plan instead.
 
-    Starts beside `low_kernel`, and asks for its keys before it waits for what that one counts.
+    Starts beside `low_kernel`, and asks for its keys before it waits for what that one counts; with
+    coarse keys there is nothing to start beside.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    bin_ = tl.arange(0, MANTISSAS)
+    bin_ = tl.arange(0, BINS)
     length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
     if chunk * (BLOCK * blocks) >= length:
         return
     key_ptr += row * (tl.num_programs(0) * blocks * BLOCK)
     key = _load_key(key_ptr, chunk * blocks, True, BLOCK)
-    await_previous(IS_EARLY)
-    high = tl.load(plan_ptr + row * 2)
-    above = tl.load(plan_ptr + row * 2 + 1)
+    high = 0
+    above = 0
+    if not IS_COARSE:
+        await_previous(IS_EARLY)
+        high = tl.load(plan_ptr + row * 2)
+        above = tl.load(plan_ptr + row * 2 + 1)
     # What all chunks of the row hold, and those before this one.
     num_chunks = tl.cdiv(length, BLOCK * blocks)
-    row_lows = tl.zeros([MANTISSAS], tl.int32)
-    lows = tl.zeros([MANTISSAS], tl.int32)
+    row_lows = tl.zeros([BINS], tl.int32)
+    lows = tl.zeros([BINS], tl.int32)
     over = 0
     for piece in tl.static_range(PIECES):
         other = piece * CHUNKS + tl.arange(0, CHUNKS)
         place = row * tl.num_programs(0) + other
         part = tl.load(
-            chunk_low_ptr + place[:, None] * MANTISSAS + bin_[None, :],
+            chunk_low_ptr + place[:, None] * BINS + bin_[None, :],
             mask=(other < num_chunks)[:, None],
             other=0,
         )
         row_lows += tl.sum(part, axis=0)
         lows += tl.sum(tl.where((other < chunk)[:, None], part, 0), axis=0)
-        over += tl.sum(tl.load(chunk_over_ptr + place, mask=other < chunk, other=0), axis=0)
-    low, cut, num_ties, num_chosen = cut_of(high, above, row_lows, budget)
-    over += tl.sum(tl.where((bin_ > low) & (high >= 0), lows, 0), axis=0)
+        if not IS_COARSE:
+            over += tl.sum(tl.load(chunk_over_ptr + place, mask=other < chunk, other=0), axis=0)
+    low, cut, num_ties, num_chosen = cut_of(high, above, row_lows, budget, BINS)
+    over += tl.sum(tl.where(bin_ > low, lows, 0), axis=0)
     tied = tl.sum(tl.where(bin_ == low, lows, 0), axis=0)
     start_next(IS_EARLY)
     token_index_ptr += row * width
@@ -393,6 +468,9 @@ def compact_kernel(
         if block + 1 < chunk * blocks + blocks:
             key = _load_key(key_ptr, block + 1, True, BLOCK)
     if chunk == 0:
-        exponent = tl.arange(0, EXPONENTS)
-        tl.store(high_ptr + row * EXPONENTS + exponent, tl.zeros([EXPONENTS], tl.int32))
+        if IS_COARSE:
+            tl.store(plan_ptr + row * 2 + 1, num_chosen)
+        else:
+            exponent = tl.arange(0, EXPONENTS)
+            tl.store(high_ptr + row * EXPONENTS + exponent, tl.zeros([EXPONENTS], tl.int32))
         clear_unused(token_index_ptr, num_chosen, width, BLOCK_W)
