@@ -67,12 +67,12 @@ class Refinement:
             is_high: bool ``[B, H, n, D]``, the signs.
             magnitude: float64 ``[B, H, n, D]``.
         """
-        square = magnitude.square()
-        unit = square.sum(-1, keepdim=True) * self.square_step
+        energy = magnitude.square().sum(-1, keepdim=True)
+        step = (energy * self.square_step).sqrt().float()
         level = torch.zeros_like(magnitude, dtype=torch.uint8)
-        # By comparisons, which round nothing.
+        # By comparisons with float32 numbers, as magnitudes are: no two devices decide them apart.
         for least in range(1, 1 << (self.bits - 1)):
-            level += square >= least**2 * unit
+            level += magnitude >= (least * step).double()
         # Both scales are the energy over an overlap: that of the signs, and that of the levels.
         overlap = ((magnitude * (level.double() + 0.5)).sum(-1) * self.usual_ratio).float()
         ratio = torch.where(overlap > 0, magnitude.sum(-1).float() / overlap, 1.0)

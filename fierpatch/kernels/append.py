@@ -109,12 +109,12 @@ def _append_one(
     value_channel = tl.arange(0, BLOCK_DV)
     inside = channel < D
     tile = token // TILE_SIZE
-    place = token - tile * TILE_SIZE
-    mark = 1 << (place // ROWS)
+    row_of_tile = token % ROWS
+    mark = 1 << (token % TILE_SIZE // ROWS)
     group = token // GROUP
     has_centre = group > 0
     source_ptr = centre_ptr + tl.maximum(group - 1, 0) * D
-    word_ptr = planes_ptr + tile * (BITS * ROWS * D) + place % ROWS * D + channel
+    word_ptr = planes_ptr + tile * (BITS * ROWS * D) + row_of_tile * D + channel
     row = tl.load(key_ptr + channel, mask=inside, other=0.0)
     value = tl.load(value_ptr + value_channel, mask=value_channel < DV, other=0.0)
     word = tl.load(word_ptr, mask=inside, other=0).to(tl.int32)
@@ -147,9 +147,8 @@ def _append_one(
     tl.store(scale_ptr + alone, scale)
     if REFINE > 0:
         store_codes(
-            codes_ptr, ratio_ptr, x[None, :], alone, alone >= 0,
-            D, REFINE, SQUARE_STEP, USUAL_RATIO,
-        )  # fmt: skip
+            codes_ptr, ratio_ptr, x[None, :], alone, alone >= 0, D, REFINE, SQUARE_STEP, USUAL_RATIO
+        )
     return arrived
 
 

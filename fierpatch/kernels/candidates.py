@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fierpatch.kernels.attention import products
-from fierpatch.kernels.constants import HALF, MANTISSAS, ROWS, TILE_SIZE
+from fierpatch.kernels.constants import EXPONENTS, HALF, ROWS, TILE_SIZE
 from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.logits import cap
 from fierpatch.kernels.scores import half_bits
@@ -25,11 +25,14 @@ from fierpatch.kernels.top_k import (
 
 @triton.jit
 def _load_candidates(candidate_ptr, slot, num_candidates):
-    """Tokens int32 ``[n]`` in these slots of a list, and which slots are used; 0 elsewhere."""
+    """Tokens int32 ``[n]`` in these slots of a list, and which slots are used.
+
+    Others have token 0, which may be read as well.
+    """
     candidate = tl.load(
         candidate_ptr + slot, mask=slot < num_candidates, other=-1, cache_modifier=".cg"
     )
-    return tl.maximum(candidate, 0).to(tl.int32), candidate >= 0
+    return tl.maximum(candidate, 0), candidate >= 0
 
 
 @triton.jit
@@ -162,12 +165,12 @@ def code_scores_kernel(
     planes_ptr = (planes_ptr + kv_row * tiles * (ROWS * D)).to(tl.pointer_type(tl.int32))
     pairs = tl.load(
         planes_ptr + (token // TILE_SIZE * ROWS + place % ROWS)[:, None] * (D // 2) + pair[None, :],
-        mask=is_used[:, None] & (pair < D // 2)[None, :],
+        mask=(pair < D // 2)[None, :],
         other=0,
         cache_modifier=".cg",
     )
     codes_ptr += (first_token + token)[:, None] * ((REFINE - 1) * PLANE) + byte[None, :]
-    mask = is_used[:, None] & (byte < PLANE)[None, :]
+    mask = (byte < PLANE)[None, :]
     first = tl.load(codes_ptr, mask=mask, other=0, cache_modifier=".cg")
     second = first
     third = first
@@ -180,8 +183,6 @@ def code_scores_kernel(
     mean_ptr += score_row * tiles * (TILE_SIZE // GROUP * BLOCKS * HEADS) + block * HEADS
     mean = tl.load(
         mean_ptr + (token // GROUP)[:, None] * (BLOCKS * HEADS) + head[None, :],
-        mask=is_used[:, None],
-        other=0.0,
         cache_modifier=".cg",
     )
     # Codes as packed bytes, four channels in a word: the sign, then a plane at a time.
@@ -262,7 +263,7 @@ def key_scores_kernel(
     start_next(IS_EARLY)
     keys = tl.load(
         keys_ptr + kv_row * capacity * D + token.to(tl.int64)[:, None] * D + channel[None, :],
-        mask=is_used[:, None] & (channel < D)[None, :],
+        mask=(channel < D)[None, :],
         other=0.0,
     )
     logit = tl.trans(products(query, keys, SLICES, PRECISION)) * logit_scale
@@ -343,7 +344,7 @@ def refine_kernel(
     log_sum = end_log_sum(most, total)
     start_next(IS_EARLY)
     key = tl.zeros([BLOCK], tl.int32)
-    bins = tl.zeros([MANTISSAS], tl.int32)
+    bins = tl.zeros([EXPONENTS], tl.int32)
     for piece in range(PIECES):
         if PIECES > 1:
             bits = load_bits(weight_ptr, piece, tiles, HEADS, HEADS, BLOCK_H, BLOCK, TILE)
@@ -356,8 +357,8 @@ def refine_kernel(
         )
         if PIECES > 1:
             tl.store(key_ptr + place, key.to(tl.int16))
-        bins += tl.histogram(key, MANTISSAS, mask=key > 0)
-    _low, cut, num_ties, num_chosen = cut_of(0, 0, bins, budget, MANTISSAS)
+        bins += tl.histogram(key, EXPONENTS, mask=key > 0)
+    _low, cut, num_ties, num_chosen = cut_of(0, 0, bins, budget, EXPONENTS)
     if PIECES > 1:
         tl.debug_barrier()
     over = 0
@@ -369,5 +370,5 @@ def refine_kernel(
             token, _is_used = _load_candidates(candidate_ptr, place, num_candidates)
         place, is_chosen, over, tied = slots_of(key, cut, num_ties, over, tied)
         is_chosen = is_chosen & (place < width)  # as it is, if the counts are right
-        tl.store(token_index_ptr + place, token.to(tl.int64), mask=is_chosen)
+        tl.store(token_index_ptr + place, token, mask=is_chosen)
     clear_unused(token_index_ptr, num_chosen, width, BLOCK_W)

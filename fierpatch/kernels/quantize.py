@@ -187,14 +187,20 @@ def store_codes(
 ):
     """What `Refinement.encode` makes of rotated keys ``[n, BLOCK_D]``, as rows ``token [n]``."""
     channel = tl.arange(0, x.shape[1])
-    magnitude = tl.abs(x).to(tl.float64)
-    square = magnitude * magnitude
-    energy = tl.sum(square, axis=1)
-    unit = energy * SQUARE_STEP
-    level = tl.zeros(x.shape, tl.int32)
-    for least in tl.static_range(1, 1 << (REFINE - 1)):
-        level += (square >= (least * least * unit)[:, None]).to(tl.int32)
-    overlap = tl.sum(magnitude * (level.to(tl.float64) + 0.5), axis=1)
+    size = tl.abs(x)
+    magnitude = size.to(tl.float64)
+    energy = tl.sum(magnitude * magnitude, axis=1)
+    step = tl.sqrt(energy * SQUARE_STEP).to(tl.float32)
+    if x.shape[0] == 1:
+        step = tl.sum(step, axis=0)  # Triton lays a tensor of one number out badly
+    else:
+        step = step[:, None]
+    # The level is found a bit at a time, the highest first.
+    level = tl.zeros(x.shape, tl.float32)
+    for bit in tl.static_range(REFINE - 2, -1, -1):
+        higher = level + (1 << bit)
+        level = tl.where(size >= higher * step, higher, level)
+    overlap = tl.sum(magnitude * (level + 0.5).to(tl.float64), axis=1)
     # Both scales are the energy over an overlap: that of the signs, and that of the levels.
     overlap = (overlap * USUAL_RATIO).to(tl.float32)
     signs = tl.sum(magnitude, axis=1).to(tl.float32)
@@ -203,16 +209,22 @@ def store_codes(
     byte = tl.minimum(tl.maximum(byte, 0), 255)
     tl.store(ratio_ptr + token, byte.to(tl.uint8), mask=valid)
     # As whole numbers that count up from the lowest level.
-    code = tl.where(x >= 0, level, -1 - level)
+    code = level.to(tl.int32)
+    code = tl.where(x >= 0, code, (1 << (REFINE - 1)) - 1 - code)
     code = tl.where((channel < D)[None, :], code, 0)
+    # Bits 0, 1 and 2 come to stand 0, 8 and 16, so that eight channels make a byte of each plane.
+    spread = (code * 0x4081) & 0x010101
+    spread = tl.reshape(spread, [x.shape[0], x.shape[1] // 8, 8])
+    planes = tl.sum(spread << tl.arange(0, 8)[None, None, :], axis=2)
     PLANE: tl.constexpr = (D + 7) // 8
-    byte = tl.arange(0, x.shape[1] // 8)
-    codes_ptr += token.to(tl.int64)[:, None] * ((REFINE - 1) * PLANE) + byte[None, :]
-    mask = valid[:, None] & (byte < PLANE)[None, :]
-    for plane in tl.static_range(REFINE - 1):
-        bits = (code >> (REFINE - 2 - plane)) & 1
-        bits = tl.reshape(bits, [x.shape[0], x.shape[1] // 8, 8]) << tl.arange(0, 8)[None, None, :]
-        tl.store(codes_ptr + plane * PLANE, tl.sum(bits, axis=2).to(tl.uint8), mask=mask)
+    PLANES: tl.constexpr = REFINE - 1
+    byte = tl.arange(0, x.shape[1] // 8)[None, None, :]
+    # The highest first, and as many as a power of two.
+    plane = tl.arange(0, 4 if PLANES == 3 else PLANES)[None, :, None]
+    bits = planes[:, None, :] >> tl.maximum(8 * (PLANES - 1 - plane), 0)
+    place = token.to(tl.int64)[:, None, None] * (PLANES * PLANE) + plane * PLANE + byte
+    mask = valid[:, None, None] & (plane < PLANES) & (byte < PLANE)
+    tl.store(codes_ptr + place, bits.to(tl.uint8), mask=mask)
 
 
 @triton.jit

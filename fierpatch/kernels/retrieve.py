@@ -32,7 +32,6 @@ from fierpatch.kernels.shape import (
 from fierpatch.kernels.top_k import (
     COARSE,
     EXACT,
-    FINE,
     Keys,
     compact_kernel,
     key_kernel,
@@ -41,7 +40,8 @@ from fierpatch.kernels.top_k import (
 from fierpatch.reference import CANDIDATE_TEMPERATURE
 
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
-_CANDIDATES_PER_WARP = 256  # of the second selection, one program a row
+_COUNTS = 8192  # of keys in bins by chunk, that a program of the compaction adds up at once
+_CANDIDATES_PER_WARP = 512  # of the second selection, one program a row
 
 
 def retrieve(
@@ -205,7 +205,7 @@ def select_candidates(
         scratch.candidate_weight, scratch.candidate_most, scratch.candidate_sum, sink_logits,
         scratch.candidates, scratch.plan, scratch.candidate_key, token_indices,
         shape.num_lists, shape.num_queries, sinks, recent,
-        FINE.smallest(shape.budget - sinks - recent), shape.budget, shape.num_candidates, shape.width, LOG2_E.value,
+        COARSE.smallest(shape.budget - sinks - recent), shape.budget, shape.num_candidates, shape.width, LOG2_E.value,
     )  # fmt: skip
     return token_indices
 
@@ -327,9 +327,9 @@ def select_specializations(
         "HAS_MASK": has_mask,
         "HAS_SINK": sink_dtype is not None,
     }
-    at_once = min(max(triton.next_power_of_2(shape.chunks), 8), 32)
-    pieces = triton.cdiv(shape.chunks, at_once)
     bins = EXPONENTS.value if shape.refine else MANTISSAS.value
+    at_once = min(max(triton.next_power_of_2(shape.chunks), 8), _COUNTS // bins)
+    pieces = triton.cdiv(shape.chunks, at_once)
     chunks = {"CHUNKS": at_once, "PIECES": pieces, "BLOCK_W": 1024, "BINS": bins, **is_coarse}
     num_warps = max(shape.select_block // _TOKENS_PER_WARP, 1)
     early = {"IS_EARLY": is_early}
@@ -360,7 +360,7 @@ def code_scores_specialization(shape: Shape, has_cap: bool, is_early: bool) -> S
         "IS_EARLY": is_early,
     }
     return Specialization(
-        code_scores_kernel, constants, num_warps=2, num_stages=1, is_early=is_early
+        code_scores_kernel, constants, num_warps=1, num_stages=1, is_early=is_early
     )
 
 
@@ -398,7 +398,7 @@ def refine_specialization(
         "PIECES": shape.candidate_blocks,
         "TILE": CANDIDATE_TILE,
         "BLOCK_W": 1024,
-        **_key_constants(FINE),
+        **_key_constants(COARSE),
         "HAS_SINK": sink_dtype is not None,
         "IS_EARLY": is_early,
     }

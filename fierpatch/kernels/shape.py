@@ -225,7 +225,7 @@ class Scratch:
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=device)
 
-        self.candidates = empty(shape.rows, shape.num_candidates, dtype=torch.int64)
+        self.candidates = empty(shape.rows, shape.num_candidates, dtype=torch.int32)
         self.candidate_weight = empty(*tiles, CANDIDATE_TILE, heads, dtype=torch.int16)
         self.candidate_most = empty(*tiles, heads)
         self.candidate_sum = empty(*tiles, heads)

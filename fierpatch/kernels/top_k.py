@@ -8,7 +8,7 @@ A list is chosen by `EXACT` keys in three launches: keys and the row's histogram
 the histogram of the mantissas of keys at the threshold's exponent, the list. What a histogram costs
 a GPU is votes of its warps, a few for each bit, so the exponent is one and the mantissa the other.
 Candidates for a second scoring are chosen by `COARSE` keys of so few bits that one histogram is
-enough, in two.
+enough, in two; and so is the list out of them, in one.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ def _upper_bits(number: float, shift: int) -> int:
 EXACT = Keys(23 - MANTISSA_BITS.value, EXPONENTS.value * MANTISSAS.value - 1, 1 - EXPONENTS.value)
 # Quarters of an octave, 15 of them below 1 / count.
 COARSE = Keys(21, EXPONENTS.value - 1)
-# Sixteenths, as many.
-FINE = Keys(19, MANTISSAS.value - 1)
 
 
 @triton.jit
@@ -215,8 +213,7 @@ def clear_unused(token_index_ptr, num_chosen, width, BLOCK_W: tl.constexpr):
     """-1 in a row's slots that nothing is chosen for."""
     for start in range(0, width, BLOCK_W):
         unused = start + tl.arange(0, BLOCK_W)
-        empty = tl.full([BLOCK_W], -1, tl.int64)
-        tl.store(token_index_ptr + unused, empty, mask=(unused >= num_chosen) & (unused < width))
+        tl.store(token_index_ptr + unused, -1, mask=(unused >= num_chosen) & (unused < width))
 
 
 @triton.jit(
@@ -417,7 +414,7 @@ def compact_kernel(
 ):
     """Write the chosen tokens of one chunk where they belong in the row's list.
 
-    token_index int64 ``[row, width]`` ascends; slots that a row does not fill are -1, at the end.
+    token_index int64 or int32 ``[row, width]`` ascends; slots that a row does not fill are -1, at the end.
     Clears high, so that the same scores may be selected from again. Where the keys are coarse, puts
     the number of tokens chosen into plan instead.
 
@@ -464,7 +461,7 @@ def compact_kernel(
         token = block * BLOCK + tl.arange(0, BLOCK)
         slot, is_chosen, over, tied = slots_of(key, cut, num_ties, over, tied)
         is_chosen = is_chosen & (slot < width)  # as it is, if the counts are right
-        tl.store(token_index_ptr + slot, token.to(tl.int64), mask=is_chosen)
+        tl.store(token_index_ptr + slot, token, mask=is_chosen)
         if block + 1 < chunk * blocks + blocks:
             key = _load_key(key_ptr, block + 1, True, BLOCK)
     if chunk == 0:

@@ -44,9 +44,9 @@ def test_levels_are_the_nearest_of_a_uniform_quantiser(bits: int, head_dim: int,
     assert codes.shape == (1, 1, 20, refinement.code_size)
     levels, _ = refinement.decode(is_high, codes, ratio)
     x = magnitude[0, 0].numpy()
-    step = STEPS[bits] * np.sqrt((x**2).mean(1))
+    step = (STEPS[bits] * np.sqrt((x**2).mean(1))).astype(np.float32)
     for token, found in enumerate(levels[0, 0].numpy() - 0.5):
-        edges = step[token] * np.arange(1, 2 ** (bits - 1))
+        edges = step[token] * np.arange(1, 2 ** (bits - 1), dtype=np.float32)
         assert np.array_equal(found, np.searchsorted(edges, x[token], side="right"))
     mirrored, _ = refinement.decode(~is_high, *refinement.encode(~is_high, magnitude))
     assert torch.equal(mirrored, -levels)
@@ -56,7 +56,8 @@ def test_levels_are_the_nearest_of_a_uniform_quantiser(bits: int, head_dim: int,
 def test_a_scale_makes_the_levels_unbiased(bits: int, head_dim: int, seed: int) -> None:
     """``<a b, x> = |x|^2``, but for half a step of the byte and the rounding of the scale."""
     magnitude = magnitudes(50, head_dim, seed)[:, :, 1:]
-    refinement = Refinement(head_dim, bits)
+    refinement, scale = Refinement(head_dim, bits), one_bit_scale(magnitude)
+    energy = magnitude.square().sum(-1)
     is_high = torch.ones_like(magnitude, dtype=torch.bool)
     codes = refinement.encode(is_high, magnitude)
     levels, ratio = refinement.decode(is_high, *codes)

@@ -14,15 +14,49 @@ from torch import Tensor
 
 from fierpatch import reference
 from fierpatch.index.packing import TILE_SIZE, num_tiles
+from fierpatch.select import select
 from kernels.scores import by_tile, exact_logits, exact_priorities, half_bits, log_sums
 from kernels.steps import Build, Retrieval, Step, make_step, retrievals
 from oracles import FLOAT32_EPS
 from strategies import heavy_tails, ties
 
-KEY_SHIFT = 15  # bits of a float32 priority that a selection key leaves out
-ALWAYS = (1 << 14) - 1  # the key of a sink or a recent
-SMALLEST = 2.0**-63  # priorities below are all alike
 FLUSHED = 2.0**-126  # weights below may be zero
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How far a selection tells priorities apart.
+
+    Its keys are the bits of a float32 from `shift` on, counted from those of the smallest.
+    """
+
+    shift: int
+    always: int  # the key of a sink or a recent
+    smallest: float  # priorities below are all alike
+
+    def keys_of(self, priority: Tensor) -> Tensor:
+        bits = priority.clamp_min(0.0).float().view(torch.int32)
+        first = torch.tensor(self.smallest).view(torch.int32) >> self.shift
+        return ((bits >> self.shift) - first).clamp(1, self.always - 1)
+
+    @property
+    def step(self) -> float:
+        """By how much two priorities of one key may differ, in octaves."""
+        return math.log2(1 + 2.0 ** (self.shift - 23))
+
+
+EXACT = Grid(15, (1 << 14) - 1, 2.0**-63)
+
+
+def coarse(count: int) -> Grid:
+    """Quarters of an octave; as many as 61 end with that of 1 / count, above which all are chosen."""
+    bits = torch.tensor(1 / max(count, 1)).view(torch.int32) >> 21
+    return Grid(21, 63, ((bits - 61) << 21).view(torch.float32).item())
+
+
+def first_grid(case: Retrieval) -> Grid:
+    """Of the selection from all tokens."""
+    return coarse(case.first_budget - case.sinks - case.recent) if case.refine else EXACT
 
 
 def gentle(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -124,8 +158,14 @@ def inject(step: Step, logits: Tensor) -> Tensor:
     return rounded.flatten(3, 4)[:, :, :, : axes.length].masked_fill(~seen, -torch.inf)
 
 
-def key_bounds(step: Step, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest key that rounding may give each token: ``[B, H or Hq, T, S]``."""
+def key_bounds(
+    step: Step, logits: Tensor, grid: Grid, rounding: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The least and the largest key that rounding may give each token: ``[B, H or Hq, T, S]``.
+
+    Args:
+        rounding: relative error of the sum of the weights that the logits stand for.
+    """
     case, axes = step.case, step.case.shape
     logits = logits.double()
     sums = log_sums(step, logits).unsqueeze(3)  # [B, H, T, 1, G]
@@ -133,7 +173,7 @@ def key_bounds(step: Step, logits: Tensor) -> tuple[Tensor, Tensor]:
     sum_error = 1.5 * (num_tiles(axes.length) + 16) + 2 * sums.abs()
     distance = (logits - sums).abs().nan_to_num(posinf=0.0)
     relative = math.log(2) * (sum_error + distance) + 4 + axes.num_groups + 2
-    relative = relative * FLOAT32_EPS
+    relative = relative * FLOAT32_EPS + rounding
     if case.per_query_head:
         error = relative.permute(0, 1, 4, 2, 3).flatten(1, 2)
     else:
@@ -141,17 +181,16 @@ def key_bounds(step: Step, logits: Tensor) -> tuple[Tensor, Tensor]:
         error = relative.masked_fill(logits - sums < -150, 0.0).amax(4)
     priority = exact_priorities(step, logits)
 
-    def key_of(x: Tensor) -> Tensor:
-        bits = x.clamp_min(0.0).float().view(torch.int32)
-        first = torch.tensor(SMALLEST).view(torch.int32) >> KEY_SHIFT
-        return ((bits >> KEY_SHIFT) - first).clamp(1, ALWAYS - 1)
-
     tiny = axes.num_groups * FLUSHED
-    least, largest = key_of(priority * (1 - error) - tiny), key_of(priority * (1 + error) + 2e-42)
+    least = grid.keys_of(priority * (1 - error) - tiny)
+    largest = grid.keys_of(priority * (1 + error) + 2e-42)
     seen = case.seen.expand_as(priority)
     rank = seen.cumsum(-1)
     is_kept = (rank <= case.sinks) | (rank > rank[..., -1:] - case.recent)
-    return tuple(key.masked_fill(is_kept, ALWAYS).masked_fill(~seen, 0) for key in (least, largest))  # type: ignore[return-value]
+    least, largest = (
+        key.masked_fill(is_kept, grid.always).masked_fill(~seen, 0) for key in (least, largest)
+    )
+    return least, largest
 
 
 def assert_well_formed(token_indices: Tensor) -> None:
@@ -162,22 +201,25 @@ def assert_well_formed(token_indices: Tensor) -> None:
     assert (token_indices[~is_used] == -1).all()
 
 
-def check_chosen(step: Step, found: Tensor, logits: Tensor) -> None:
+def check_chosen(
+    step: Step, found: Tensor, logits: Tensor, grid: Grid | None = None, rounding: float = 0.0
+) -> None:
     """Exactly the largest keys, ties to the lowest position, ascending, -1 behind.
 
     Where rounding leaves two keys open for a token, the list has to suit one of them.
     """
     case = step.case
-    assert found.shape[-1] == min(case.budget, step.shape.tiles * TILE_SIZE)
+    budget = case.first_budget
+    assert found.shape[-1] == min(budget, step.shape.tiles * TILE_SIZE)
     assert_well_formed(found)
-    least, largest = key_bounds(step, logits)
+    least, largest = key_bounds(step, logits, grid or first_grid(case), rounding)
     assert found.shape[:3] == least.shape[:3]
     for place in np.ndindex(found.shape[:3]):
         chosen = found[place][found[place] >= 0]
         low, high = least[place], largest[place]
         is_seen = low > 0
         assert is_seen[chosen].all()
-        assert len(chosen) == min(case.budget, int(is_seen.sum()))
+        assert len(chosen) == min(budget, int(is_seen.sum()))
         is_left = is_seen.clone()
         is_left[chosen] = False
         if len(chosen) and is_left.any():
@@ -243,19 +285,18 @@ def check_agreement(case: Retrieval, device: torch.device) -> None:
     step = make_step(case, device)
     step.score()
     found = step.select().cpu()
-    axes = case.shape
-    expected = reference.select_from_index(
-        case.index,
-        step.state,
-        step.query,
-        axes.length,
-        budget=case.budget,
+    axes, temperature = case.shape, case.temperature
+    margin = case.index.candidate_margin if case.refine else 0.0
+    expected = select(
+        reference.index_scores(case.index, step.state, step.query, axes.length, margin=margin),
+        num_kv_heads=axes.num_kv_heads,
+        budget=case.first_budget,
         sinks=case.sinks,
         recent=case.recent,
         per_query_head=case.per_query_head,
-        scale=case.scale,
-        softcap=case.softcap,
-        sink_logits=step.sink_logits,
+        scale=case.scale / temperature,
+        softcap=case.softcap / temperature,
+        sink_logits=None if step.sink_logits is None else step.sink_logits / temperature,
         visible=case.seen,
     )
     assert_well_formed(found)
@@ -267,10 +308,11 @@ def check_agreement(case: Retrieval, device: torch.device) -> None:
     priorities = exact_priorities(step, logits)
     # A logit and its log-sum are off by `allowed` each, for the one token as for the other; so are
     # both weights by 16 bits, and the key leaves out the rest of the priority.
-    margin = 4 * allowed + 2 * math.log2(1 + 2.0**-9) + math.log2(1 + 2.0**-8)
+    grid = first_grid(case)
+    margin = 4 * allowed + 2 * math.log2(1 + 2.0**-9) + grid.step
     for place in np.ndindex(found.shape[:3]):
         ours, theirs = (set(lists[place].tolist()) for lists in (found, expected))
         missed, taken = theirs - ours - {-1}, ours - theirs - {-1}
         if missed:
-            priority = priorities[place].clamp_min(SMALLEST).log2()
+            priority = priorities[place].clamp_min(grid.smallest).log2()
             assert priority[list(missed)].max() <= priority[list(taken)].min() + margin

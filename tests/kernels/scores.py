@@ -22,6 +22,8 @@ QUERY_LEVELS = 32512  # whole numbers that a channel of the rotated query may ta
 def exact_scores(step: Step) -> tuple[Tensor, Tensor]:
     """The index's estimate in float64, and the error that a kernel may make: ``[B, H, T, S, G]``.
 
+    Where there is a second scoring, the estimate has the margin that candidates are chosen by.
+
     A sum of D float32 products is off by up to ``2 (D + 8)`` roundings of the sum of their sizes:
     a matrix unit cuts off where a CPU rounds, and splits a float32 into parts with 22 bits.
     """
@@ -44,14 +46,15 @@ def exact_scores(step: Step) -> tuple[Tensor, Tensor]:
         rotated = query / parts["balance"][:, :, None, None] @ matrix
         centre = by_token(parts["centre"])
         scale = parts["scale"][:, :, None, :, None]
-        scores = scale * dot(rotated, levels) + dot(query, centre)
         norm = rotated.norm(dim=-1)[:, :, :, None]  # [B, H, T, 1, G]
+        margin = index.candidate_margin if step.case.refine else 0.0
+        scores = scale * (dot(rotated, levels) + margin * norm) + dot(query, centre)
         # Each channel is rounded to a multiple of norm / 32512, after a float32 rotation of norm.
         channel = norm / (2 * QUERY_LEVELS) + summed * norm
         sizes = levels.abs().sum(-1)[:, :, None, :, None]
         # Then whole numbers up to |levels| |rotated| turn into float32 and are multiplied.
         rounded = 10 * FLOAT32_EPS * levels.abs().amax() * math.sqrt(axes.head_dim) * norm
-        error = scale * (sizes * channel + rounded)
+        error = scale * (sizes * channel + rounded + margin * summed * norm)
         centre_norm = centre.norm(dim=-1)[:, :, None, :, None]
         error += summed * query.norm(dim=-1)[:, :, :, None] * centre_norm
     else:
@@ -74,11 +77,18 @@ def exact_scores(step: Step) -> tuple[Tensor, Tensor]:
 
 def exact_logits(step: Step) -> tuple[Tensor, Tensor]:
     """`exact_scores` as logits in units of log2; tanh makes no error larger."""
-    case = step.case
     scores, error = exact_scores(step)
-    logits = to_logits(scores, case.scale, case.softcap) * LOG2_E
-    error = error * case.scale * LOG2_E + 8 * FLOAT32_EPS * logits.abs()
-    return logits, error + 8 * FLOAT32_EPS * case.softcap * LOG2_E
+    return as_logits(step.case, scores, error, step.case.temperature)
+
+
+def as_logits(
+    case: Retrieval, scores: Tensor, error: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Scores and their error as logits in units of log2."""
+    scale, softcap = case.scale / temperature, case.softcap / temperature
+    logits = to_logits(scores, scale, softcap) * LOG2_E
+    error = error * scale * LOG2_E + 8 * FLOAT32_EPS * logits.abs()
+    return logits, error + 8 * FLOAT32_EPS * softcap * LOG2_E
 
 
 def log_sums(step: Step, logits: Tensor) -> Tensor:
@@ -86,7 +96,7 @@ def log_sums(step: Step, logits: Tensor) -> Tensor:
     seen = step.case.seen.unsqueeze(4)
     log2 = logits.masked_fill(~seen, -torch.inf) / LOG2_E
     if step.sink_logits is not None:
-        sink = step.sink_logits.double().view(1, log2.shape[1], 1, 1, -1)
+        sink = step.sink_logits.double().view(1, log2.shape[1], 1, 1, -1) / step.case.temperature
         log2 = torch.cat((log2, sink.expand(*log2.shape[:3], 1, -1)), dim=3)
     return (log2.logsumexp(3) * LOG2_E).nan_to_num(neginf=0.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fierpatch.index import KeyIndex
 from fierpatch.index.packing import TILE_SIZE, num_tiles
+from fierpatch.reference import CANDIDATE_TEMPERATURE
 from fierpatch.select import causal_visible
 from kernels.tensors import GROUPS, HEAD_DIMS, LAYOUTS, lay_out, set_balance
 from strategies import Shape, channel_offsets, gaussian, heavy_tails, indexes, masks, seeds, ties
@@ -35,6 +36,7 @@ class Retrieval:
     layout: str = "contiguous"
     room: int = 0  # tiles of the index past those of the tokens
     block: int = 512  # 0 leaves it to the kernels' own choice
+    refine: int = 0
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -46,6 +48,16 @@ class Retrieval:
     @property
     def scale(self) -> float:
         return self.shape.head_dim**-0.5
+
+    @property
+    def temperature(self) -> float:
+        """Of the first scoring, which is of candidates where there is a second."""
+        return CANDIDATE_TEMPERATURE if self.refine else 1.0
+
+    @property
+    def first_budget(self) -> int:
+        """Tokens that the first selection chooses."""
+        return self.budget * max(self.refine, 1)
 
     @property
     def seen(self) -> Tensor:
@@ -68,6 +80,7 @@ class Build:
     softcap: float = 0.0
     has_sink: bool = False
     has_mask: bool = False
+    refine: int = 0
 
 
 def any_build() -> st.SearchStrategy[Build]:
@@ -81,6 +94,14 @@ def any_build() -> st.SearchStrategy[Build]:
         has_sink=st.booleans(),
         has_mask=st.sampled_from((False, True, True, True)),
     )
+
+
+@st.composite
+def any_refining_build(draw: st.DrawFn) -> Build:
+    """By codes where the index has them, else by keys."""
+    index = draw(indexes(head_dims=HEAD_DIMS, with_codes=True))
+    build = draw(any_build())
+    return replace(build, index=index, refine=draw(st.sampled_from((2, 3, 4, 7))))
 
 
 @st.composite
@@ -130,6 +151,7 @@ def retrievals(
         layout=draw(st.sampled_from(LAYOUTS)),
         room=draw(st.integers(0, 2)),
         block=block,
+        refine=build.refine,
         seed=draw(seeds()),
     )
 
@@ -170,18 +192,43 @@ class Step:
         )
 
     def select(self) -> Tensor:
+        """The lists, or those of candidates: int64 ``[B, H or Hq, T, n]``."""
         from fierpatch.kernels import retrieve
 
-        case = self.case
+        case, shape = self.case, self.shape
         sink = None if self.sink_logits is None else self.sink_logits.to(self.device)
-        return retrieve.select(
-            self.shape,
+        found = retrieve.select(
+            shape,
             self.scratch,
             self.counters,
             sinks=case.sinks,
             recent=case.recent,
             sink_logits=sink,
             has_mask=case.visible is not None,
+        )
+        return found.view(shape.batch_size, shape.num_lists, shape.num_queries, -1).long()
+
+    def score_candidates(self) -> None:
+        from fierpatch.kernels import retrieve
+        from fierpatch.kernels.logits import Logits
+
+        case = self.case
+        retrieve.score_candidates(
+            self.shape,
+            self.scratch,
+            lay_out(self.query.to(self.device), case.layout),
+            [tensor.to(self.device) for tensor in self.state],
+            Logits(case.scale, case.softcap),
+            self.keys.to(self.device),
+        )
+
+    def select_candidates(self) -> Tensor:
+        from fierpatch.kernels import retrieve
+
+        case = self.case
+        sink = None if self.sink_logits is None else self.sink_logits.to(self.device)
+        return retrieve.select_candidates(
+            self.shape, self.scratch, sinks=case.sinks, recent=case.recent, sink_logits=sink
         )
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -211,7 +258,7 @@ def make_step(case: Retrieval, device: torch.device, *, is_indexed: bool = True)
     middle = 0.0 if is_indexed else 9.0
     shape = sizes.Shape(
         case.index, axes.batch_size, axes.num_kv_heads, axes.num_groups, axes.num_queries,
-        tiles, case.budget, case.per_query_head, case.block,
+        tiles, case.budget, case.per_query_head, case.block, case.refine,
     )  # fmt: skip
     counters = append.new_counters(device)
     counters[:2] = axes.length
