@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.options import add_index, index_settings
 from bench.peers import dense, pieces
 from bench.rows import reason, save, table
 from bench.synthetic import CALIBRATION_WINDOW
@@ -62,10 +63,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--crossover", action="store_true", help="2K to 32K, and where we are even")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles slowly")
     parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--index", default="rotated")
-    parser.add_argument("--bits", type=int, default=1)
-    parser.add_argument("--refine", type=int, default=0, help="candidates, in budgets")
-    parser.add_argument("--refine-bits", default="4", help="2, 3, 4 or exact")
+    add_index(parser)
     parser.add_argument("--backend", help="triton, or auto on a CPU")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--output", type=Path, help="the file of rows")
@@ -73,12 +71,9 @@ def main(arguments: list[str]) -> None:
     is_cpu = options.device == "cpu"
     settings = FierConfig(
         budget=options.budget,
-        index=options.index,
-        bits=options.bits,
-        refine=options.refine,
-        refine_bits=bits_of(options.refine_bits),
         compile=True,
         backend=options.backend or ("auto" if is_cpu else "triton"),
+        **index_settings(options),
     )
     sizes = [(int(b), int(s)) for b, s in (text.split("x") for text in options.case)]
     if options.crossover:
@@ -153,7 +148,7 @@ def measure(
         "index": settings.index,
         "bits": settings.bits,
         "refine": settings.refine,
-        "refine_bits": settings.refine_bits if settings.refine else None,
+        "refine_bits": settings.refine_bits,
         "backend": settings.backend,
         "repeats": repeats,
         "kv_mib": nbytes / 2**20,
@@ -258,9 +253,7 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
         retrieve.score_candidates(shape, scratch, query, state, logits, keys)
 
     def select_candidates() -> Tensor:
-        return retrieve.select_candidates(
-            shape, scratch, sinks=config.sinks, recent=config.recent
-        )
+        return retrieve.select_candidates(shape, scratch, sinks=config.sinks, recent=config.recent)
 
     score()
     chosen = select()

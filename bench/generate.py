@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 import fierpatch
 from bench import ways
+from bench.options import add_index, index_settings
 from bench.rows import RESULTS, read, save, table
 from bench.synthetic import SHAPES, fill, random_llama
 from bench.timing import interleaved, summary
@@ -40,8 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--context", type=int, nargs="+", help="2K 4K 8000; on a GPU 64 32K 128K")
     parser.add_argument("--budget", type=int, help="512, on a GPU 1024")
-    parser.add_argument("--index", default="rotated")
-    parser.add_argument("--bits", type=int, default=1)
+    add_index(parser)
     parser.add_argument("--backend", default="auto", help="of the operators")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", nargs="+", choices=ways.WAYS, help="these ways, in turn")
@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> None:
     is_cpu = options.device == "cpu"
     settings = {
         "budget": options.budget or (512 if is_cpu else 1024),
-        "index": options.index,
-        "bits": options.bits,
+        **index_settings(options),
         "backend": options.backend,
     }
     contexts = options.context or ([2048, 4096, 8000] if is_cpu else [64, 32_768, 131_072])

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fierpatch
+from bench.options import add_index, index_settings
 from bench.rows import save, table
 from bench.synthetic import SHAPES, random_llama
 from bench.timing import summary, synchronize
@@ -29,12 +30,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a dry run")
     parser.add_argument("--context", type=int, nargs="+", default=[32_768])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--index", default="rotated")
-    parser.add_argument("--bits", type=int, default=1)
+    add_index(parser)
     parser.add_argument("--backend", default="auto", help="of the operators")
     parser.add_argument("--output", type=Path, help="the file of rows")
     options = parser.parse_args(arguments)
-    settings = {"index": options.index, "bits": options.bits, "backend": options.backend}
+    settings = {**index_settings(options), "backend": options.backend}
     model = random_llama(options.model, options.device, options.layers)
     rows = []
     for context in options.context:

@@ -122,10 +122,10 @@ def code_scores_kernel(
 ):
     """Candidates ``TILE * tile ..`` of one list by the codes: ``a (R (q / d)) . b + q . mu``.
 
-    The query is as `query_kernel` left it, its channels in the order of packed codes, and `factor` is what the logits of
-    this one are of those. A token's sign is bit ``place // 32`` of row ``place % 32`` of its tile's
-    words. The sums are whole numbers, as in `rotated_scores_kernel`. A row is ``(b, list, t)``;
-    what is written says `_write_candidates`.
+    The query is as `query_kernel` left it, its channels in the order of packed codes, and `factor`
+    is what the logits of this scoring are of those of the first. A token's sign is bit ``place //
+    32`` of row ``place % 32`` of its tile's words. The sums are whole numbers, as in
+    `rotated_scores_kernel`. A row is ``(b, list, t)``; what is written says `_write_candidates`.
     """
     row = tl.program_id(1).to(tl.int64)
     t = row % num_queries
@@ -269,9 +269,7 @@ def key_scores_kernel(
     logit = tl.trans(products(query, keys, SLICES, PRECISION)) * logit_scale
     if HAS_CAP:
         logit = cap(logit, softcap)
-    _write_candidates(
-        logit, is_used, slot, head, weight_ptr, most_ptr, sum_ptr, row, LIST_HEADS
-    )
+    _write_candidates(logit, is_used, slot, head, weight_ptr, most_ptr, sum_ptr, row, LIST_HEADS)
 
 
 @triton.jit(

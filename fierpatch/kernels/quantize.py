@@ -191,10 +191,8 @@ def store_codes(
     magnitude = size.to(tl.float64)
     energy = tl.sum(magnitude * magnitude, axis=1)
     step = tl.sqrt(energy * SQUARE_STEP).to(tl.float32)
-    if x.shape[0] == 1:
-        step = tl.sum(step, axis=0)  # Triton lays a tensor of one number out badly
-    else:
-        step = step[:, None]
+    # Triton lays a tensor of one number out badly.
+    step = tl.sum(step, axis=0) if x.shape[0] == 1 else step[:, None]
     # The level is found a bit at a time, the highest first.
     level = tl.zeros(x.shape, tl.float32)
     for bit in tl.static_range(REFINE - 2, -1, -1):

@@ -208,7 +208,7 @@ def query_kernel(
             )  # fmt: skip
         else:
             start_next(IS_EARLY)
-    # What waits for this kernel waits for the one before it too. One program is enough for that, and
-    # the others make room for those that found none.
+    # What waits for this kernel waits for the one before it too. One program is enough for that,
+    # and the others make room for those that found none.
     if (task == 0) and (row == 0) and (block == 0):
         await_previous(IS_EARLY)

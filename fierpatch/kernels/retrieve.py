@@ -70,12 +70,14 @@ def retrieve(
         keys: ``[B, H, C, D]``, where candidates are scored by them.
     """
     score(shape, scratch, query, state, counters, logits, visible)
-    choice = {"sinks": sinks, "recent": recent, "sink_logits": sink_logits}
-    chosen = select(shape, scratch, counters, has_mask=visible is not None, **choice)
+    chosen = select(
+        shape, scratch, counters, sinks=sinks, recent=recent, sink_logits=sink_logits,
+        has_mask=visible is not None,
+    )  # fmt: skip
     if not shape.refine:
         return chosen
     score_candidates(shape, scratch, query, state, logits, keys)
-    return select_candidates(shape, scratch, **choice)
+    return select_candidates(shape, scratch, sinks=sinks, recent=recent, sink_logits=sink_logits)
 
 
 def score(
@@ -181,8 +183,8 @@ def score_candidates(
     blocks = 1 if shape.per_query_head else shape.head_blocks
     code_scores_specialization(shape, own.has_cap, is_early).launch(
         (shape.candidate_tiles, shape.rows, blocks),
-        scratch.packed, scratch.total, scratch.unit, scratch.mean, planes, scale, *codes, scratch.candidates,
-        *outputs, *lists, shape.tiles, shape.num_candidates,
+        scratch.packed, scratch.total, scratch.unit, scratch.mean, planes, scale, *codes,
+        scratch.candidates, *outputs, *lists, shape.tiles, shape.num_candidates,
         own.factor / first.factor, own.softcap,
     )  # fmt: skip
 
@@ -205,7 +207,8 @@ def select_candidates(
         scratch.candidate_weight, scratch.candidate_most, scratch.candidate_sum, sink_logits,
         scratch.candidates, scratch.plan, scratch.candidate_key, token_indices,
         shape.num_lists, shape.num_queries, sinks, recent,
-        COARSE.smallest(shape.budget - sinks - recent), shape.budget, shape.num_candidates, shape.width, LOG2_E.value,
+        COARSE.smallest(shape.budget - sinks - recent), shape.budget, shape.num_candidates,
+        shape.width, LOG2_E.value,
     )  # fmt: skip
     return token_indices
 

@@ -283,7 +283,9 @@ def key_kernel(
     for start in range(0, num_tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
         mask = (tile < num_tiles)[:, None] & (head < HEADS)[None, :]
-        mosts = tl.load(most_ptr + tile[:, None] * G + head[None, :], mask=mask, other=-float("inf"))
+        mosts = tl.load(
+            most_ptr + tile[:, None] * G + head[None, :], mask=mask, other=-float("inf")
+        )
         sums = tl.load(sum_ptr + tile[:, None] * G + head[None, :], mask=mask, other=0.0)
         most, total = add_tiles(mosts, sums, most, total)
     log_sum = end_log_sum(most, total)
@@ -414,7 +416,8 @@ def compact_kernel(
 ):
     """Write the chosen tokens of one chunk where they belong in the row's list.
 
-    token_index int64 or int32 ``[row, width]`` ascends; slots that a row does not fill are -1, at the end.
+    token_index int64 or int32 ``[row, width]`` ascends; slots that a row does not fill are -1, at
+    the end.
     Clears high, so that the same scores may be selected from again. Where the keys are coarse, puts
     the number of tokens chosen into plan instead.
 

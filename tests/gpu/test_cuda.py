@@ -68,7 +68,16 @@ def test_equal_scores_select_equal_tokens_on_both_devices(budget: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"index": "fier"}, {"bits": 2}, {"compile": True}], ids=str
+    "settings",
+    [
+        {},
+        {"index": "fier"},
+        {"bits": 2},
+        {"compile": True},
+        {"refine": 2},
+        {"refine": 2, "refine_bits": "exact", "compile": True},
+    ],
+    ids=str,
 )
 def test_full_budget_gives_the_tokens_of_the_unpatched_model(settings: dict[str, Any]) -> None:
     model = llama(torch.float32)

@@ -14,6 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
+from kernels.candidates import (
+    SecondChoice,
+    check_candidate_scores,
+    check_injected,
+    check_refined_lists,
+    second_choices,
+)
 from kernels.choices import (
     Choice,
     check_agreement,
@@ -45,6 +52,8 @@ FEEDS = st.sampled_from(
         (RotatedIndex(128), 128, BF16),
         (RotatedIndex(64, bits=2, group_size=32), 5, torch.float32),
         (FierIndex(80, group_size=512), 80, torch.float16),
+        (RotatedIndex(128, refine_bits=4), 128, BF16),
+        (RotatedIndex(80, refine_bits=2), 80, torch.float32),
     )
 )
 BUILDS = (
@@ -53,6 +62,13 @@ BUILDS = (
     Build(RotatedIndex(64, bits=2), 11, softcap=20.0, has_sink=True),
     Build(FierIndex(128), dtype=torch.float16, per_query_head=True, has_sink=True, has_mask=True),
     Build(FierIndex(64, group_size=256), 11, softcap=20.0),
+)
+REFINING = (
+    Build(RotatedIndex(128, refine_bits=4), dtype=BF16, refine=4),
+    Build(RotatedIndex(128, refine_bits=2), 11, softcap=20.0, has_sink=True, refine=2),
+    Build(RotatedIndex(80, refine_bits=3), 3, per_query_head=True, has_mask=True, refine=3),
+    Build(RotatedIndex(128), dtype=BF16, refine=4),
+    Build(FierIndex(64), 11, has_sink=True, has_mask=True, softcap=20.0, refine=4),
 )
 GATHERS = (
     Gather(Shape(1, 8, 4, 1, 5000, 128, 128), width=1024, dtype=BF16),
@@ -151,6 +167,37 @@ def test_what_an_interrupted_step_left_does_not_change_the_next(build: Build) ->
     check_interruption(replace(case, **sinks), CUDA)
 
 
+@few(12)
+@given(case=retrievals(builds=st.sampled_from(REFINING), longest=6000, block=0))
+@example(
+    case=Retrieval(
+        REFINING[0].index, Shape(1, 8, 4, 1, 30_000, 128, 128), 1024, 4, 16, dtype=BF16, block=0,
+        refine=4,
+    )
+)  # fmt: skip
+@example(
+    case=Retrieval(
+        REFINING[3].index, Shape(2, 2, 4, 1, 20_000, 128, 128), 3000, 4, 16, dtype=BF16, block=0,
+        refine=4,
+    )
+)  # fmt: skip
+def test_candidates_and_their_scores_are_those_of_the_index(case: Retrieval) -> None:
+    check_agreement(case, CUDA)
+    check_candidate_scores(case, CUDA)
+
+
+@few(8)
+@given(case=retrievals(builds=st.sampled_from(REFINING), longest=3000, block=0))
+def test_with_a_candidate_for_every_token_the_second_scores_alone_decide(case: Retrieval) -> None:
+    check_refined_lists(case, CUDA)
+
+
+@few(15)
+@given(choice=second_choices(builds=st.sampled_from(REFINING), longest=30_000))
+def test_the_chosen_candidates_are_exactly_those_of_the_largest_keys(choice: SecondChoice) -> None:
+    check_injected(choice, CUDA)
+
+
 @few(15)
 @given(case=st.sampled_from(GATHERS).flatmap(gathers_like))
 @example(GATHERS[0])
@@ -172,19 +219,23 @@ def test_matrix_units_honour_subnormal_float16_operands() -> None:
     check_planes(CUDA)
 
 
+@pytest.mark.parametrize("refine", [0, 4])
 @pytest.mark.parametrize("index", INDEXES, ids=str)
-def test_two_runs_are_equal_to_the_bit(index: KeyIndex) -> None:
+def test_two_runs_are_equal_to_the_bit(index: KeyIndex, refine: int) -> None:
     from fierpatch.kernels import attention
 
     axes = Shape(1, 8, 4, 1, 30_000, index.head_dim, index.head_dim)
     dtype = dict(zip(INDEXES, DTYPES, strict=True))[index]
-    case = Retrieval(index, axes, budget=1024, sinks=4, recent=16, dtype=dtype, block=0)
+    case = Retrieval(index, axes, 1024, 4, 16, dtype=dtype, block=0, refine=refine)
     step = make_step(case, CUDA)
     query, keys, values = (x.to(CUDA) for x in (step.query, step.keys, step.values))
     runs = []
     for _ in range(4):
         step.score()
         lists = step.select()
+        if case.refine:
+            step.score_candidates()
+            lists = step.select_candidates()
         output = attention.gather_attention(query, keys, values, lists, scale=case.scale)
         runs.append(
             (step.weights()[0], step.scratch.sum[:, : axes.length // 512].clone(), lists, output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +17,19 @@ STEPS = 300  # past two groups of tokens and a tile
 
 
 @pytest.mark.parametrize(
-    ("bits", "prompt"), [(1, 400), (2, 400), (1, 100_200)], ids=["short", "two bits", "long"]
+    ("how", "prompt"),
+    [
+        ({}, 400),
+        ({"bits": 2}, 400),
+        ({}, 100_200),
+        ({"refine": 4}, 400),
+        ({"refine": 4, "refine_bits": 2}, 100_200),
+        ({"refine": 4, "refine_bits": "exact"}, 100_200),
+    ],
+    ids=str,
 )
-def test_steps_that_overlap_give_what_steps_in_turn_do(bits: int, prompt: int) -> None:
-    settings = FierConfig(budget=64, bits=bits, backend="triton", compile=True)
+def test_steps_that_overlap_give_what_steps_in_turn_do(how: dict[str, Any], prompt: int) -> None:
+    settings = FierConfig(budget=64, backend="triton", compile=True, **how)
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def random(heads: int, length: int) -> Tensor:

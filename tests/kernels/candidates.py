@@ -61,8 +61,9 @@ def exact_candidate_logits(step: Step, candidates: Tensor) -> tuple[Tensor, Tens
         parts["bits"][:, :, :, 0], parts["codes"], parts["ratio"]
     )
     scale = gather((parts["scale"].double() * ratio.double()).unsqueeze(3))  # [B, lists, T, n, 1]
-    levels, centre = gather(levels), gather(
-        parts["centre"].repeat_interleave(index.group_size, 2)[:, :, : case.shape.length]
+    levels, centre = (
+        gather(levels),
+        gather(parts["centre"].repeat_interleave(index.group_size, 2)[:, :, : case.shape.length]),
     )
     matrix = torch.from_numpy(oracles.rotation(head_dim, index.seed))
     balance = of_lists(step, parts["balance"].double())[:, :, None, None]
@@ -129,9 +130,7 @@ def check_second_choice(
         case.shape, num_kv_heads=shape.num_lists, num_groups=shape.list_heads, length=size
     )
     # One row of slots serves all lists: they see equally many tokens.
-    lists = replace(
-        case, shape=axes, refine=0, per_query_head=False, visible=is_used[:, :1], layout="contiguous"
-    )
+    lists = replace(case, shape=axes, refine=0, per_query_head=False, visible=is_used[:, :1])
     grid = coarse(case.budget - case.sinks - case.recent)
     check_chosen(replace(step, case=lists), slots, logits, grid, rounding)
 
@@ -146,12 +145,17 @@ class SecondChoice:
 
 
 @st.composite
-def second_choices(draw: st.DrawFn, *, longest: int = 1100) -> SecondChoice:
-    case = draw(retrievals(builds=any_refining_build(), longest=longest, most_rows=2))
+def second_choices(
+    draw: st.DrawFn, *, builds: st.SearchStrategy[Build] | None = None, longest: int = 1100
+) -> SecondChoice:
+    builds = any_refining_build() if builds is None else builds
+    case = draw(retrievals(builds=builds, longest=longest, most_rows=2))
     index = replace(case.index, head_dim=8)
     axes = replace(case.shape, head_dim=8, value_head_dim=8)
     case = replace(case, index=index, shape=axes, softcap=0.0, visible=None)
-    return SecondChoice(case, draw(st.sampled_from(LOGITS)), draw(st.sampled_from((1.0, 0.5, 0.01))))
+    return SecondChoice(
+        case, draw(st.sampled_from(LOGITS)), draw(st.sampled_from((1.0, 0.5, 0.01)))
+    )
 
 
 def check_injected(choice: SecondChoice, device: torch.device) -> None:
@@ -185,7 +189,8 @@ def check_injected(choice: SecondChoice, device: torch.device) -> None:
 
 def check_refined_lists(case: Retrieval, device: torch.device) -> None:
     """With a candidate for every token, the lists hold what the reference's lists weigh."""
-    step = make_step(replace(case, budget=max(case.budget, -(-case.shape.length // case.refine))), device)
+    least = -(-case.shape.length // case.refine)
+    step = make_step(replace(case, budget=max(case.budget, least)), device)
     case, axes = step.case, step.case.shape
     step.score()
     candidates = step.select().cpu()
@@ -220,7 +225,3 @@ def coded(num_groups: int = 4, **sizes: int) -> Retrieval:
     """600 tokens of one KV head by 4 bits, 40 of 160 candidates."""
     axes = Shape(1, 1, num_groups, 1, 600, 64, 64)
     return Retrieval(CODED, replace(axes, **sizes), budget=40, sinks=4, recent=8, refine=4)
-
-
-def builds_with(index: RotatedIndex, **rest: object) -> Build:
-    return Build(index, refine=4, **rest)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ EXACT = Grid(15, (1 << 14) - 1, 2.0**-63)
 
 
 def coarse(count: int) -> Grid:
-    """Quarters of an octave; as many as 61 end with that of 1 / count, above which all are chosen."""
+    """61 quarters of an octave, of which the last is that of 1 / count: all above are chosen."""
     bits = torch.tensor(1 / max(count, 1)).view(torch.int32) >> 21
     return Grid(21, 63, ((bits - 61) << 21).view(torch.float32).item())
 

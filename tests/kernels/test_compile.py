@@ -37,6 +37,9 @@ HOT = {  # what a step of an index launches, at the least
     "key_kernel",
     "low_kernel",
     "compact_kernel",
+    "code_scores_kernel",
+    "key_scores_kernel",
+    "refine_kernel",
     "gather_attention_kernel",
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ guide, 17.3)

@@ -33,18 +33,27 @@ def pair(is_static: bool, is_dense: bool = False, **settings: object) -> list[La
 @few(1)
 @given(
     is_static=st.booleans(),
-    index=st.sampled_from(("rotated", "fier")),
+    how=st.sampled_from(
+        (
+            {"index": "rotated"},
+            {"index": "fier"},
+            {"refine": 3, "refine_bits": 4},
+            {"refine": 3, "refine_bits": "exact"},
+        )
+    ),
     per_query_head=st.booleans(),
     prompt=st.integers(9, 200),
     steps=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     removed=st.integers(0, 5),
     seed=seeds(),
 )
-@example(True, "rotated", False, 510, [1, 3], 3, 0)
-@example(False, "rotated", True, 127, [2], 2, 1)
+@example(True, {"index": "rotated"}, False, 510, [1, 3], 3, 0)
+@example(False, {"index": "rotated"}, True, 127, [2], 2, 1)
+@example(True, {"refine": 2, "refine_bits": 3}, False, 130, [1, 2], 2, 2)
+@example(False, {"refine": 2, "refine_bits": "exact", "bits": 2}, False, 150, [1], 1, 3)
 def test_kernels_keep_a_layer_as_the_reference_does(
     is_static: bool,
-    index: str,
+    how: dict[str, object],
     per_query_head: bool,
     prompt: int,
     steps: list[int],
@@ -53,7 +62,7 @@ def test_kernels_keep_a_layer_as_the_reference_does(
 ) -> None:
     """Through a prompt, steps, a crop, steps, and after a reset once more."""
     generator = torch.Generator().manual_seed(seed)
-    layers = pair(is_static, index=index, per_query_head=per_query_head)
+    layers = pair(is_static, per_query_head=per_query_head, **how)
 
     def feed(length: int) -> list[torch.Tensor | None]:
         key, value = (torch.randn(1, 2, length, 64, generator=generator) for _ in range(2))
