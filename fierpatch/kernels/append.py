@@ -457,7 +457,8 @@ def index_specialization(index: KeyIndex, dtype: torch.dtype) -> Specialization:
     """Of `index_kernel`."""
     constants = _common_constants(index, index.head_dim)
     # With 4 warps two programs share a multiprocessor, and one works while the other waits.
-    num_warps = 4 if index.head_dim <= 128 and constants["BITS"] == 1 else 8
+    is_small = index.head_dim <= 128 and constants["BITS"] == 1 and not constants["REFINE"]
+    num_warps = 4 if is_small else 8
     return Specialization(index_kernel, constants, num_warps=num_warps)
 
 

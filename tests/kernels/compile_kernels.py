@@ -173,12 +173,15 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
             if name == "append_kernel" and constants["INDEX"] == 0:
                 kind = "store"
             flags = [
-                flag for flag in ("mask", "cap", "sink") if constants.get(f"HAS_{flag.upper()}")
+                flag
+                for flag in ("mask", "cap", "sink", "codes")
+                if constants.get(f"HAS_{flag.upper()}")
             ]
+            flags += ["coarse"] if constants.get("IS_COARSE") else []
             flags += [
                 f"{flag.lower()} {constants[flag]}"
                 for flag in ("REFINE", "BLOCK", "PIECES", "CHUNKS", "SPLITS")
-                if flag in constants
+                if constants.get(flag)
             ]
             yield " ".join((name, kind, str(index.head_dim), str(dtype)[6:], *flags)), entry
 
