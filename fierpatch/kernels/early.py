@@ -4,9 +4,10 @@ That one has to say when, and the next has to wait for what it wrote. What kerne
 wrote may be read at once, but past the first-level cache, which a new kernel finds emptied and one
 that starts early perhaps not.
 
-A step is two such rows of kernels: append, query, scores, keys; and low, compact, attention. In a
-row a kernel is done only when the one before it is, because one of its programs at least waits, so
-that to wait for the last is enough.
+A step is two such rows of kernels: append, query, scores, keys; and low, compact, attention, or
+with a second scoring compact, scores of candidates, choice among them, attention. In a row a kernel
+is done only when the one before it is, because one of its programs at least waits, so that to wait
+for the last is enough.
 """
 
 from __future__ import annotations

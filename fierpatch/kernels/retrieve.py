@@ -1,6 +1,6 @@
-"""Choosing the tokens of a step: query transform, scores and selection, five launches.
+"""Choosing the tokens of a step: query transform, scores and selection, in five launches.
 
-With a second scoring, two more: candidates, and the selection out of them.
+In six with a second scoring: candidates are selected in one less, then scored and chosen from.
 """
 
 from __future__ import annotations
@@ -170,7 +170,16 @@ def score_candidates(
     is_early = can_start_early(query.device)
     outputs = (scratch.candidate_weight, scratch.candidate_most, scratch.candidate_sum)
     lists = (shape.num_lists, shape.num_queries)
-    if shape.refines_by_keys:
+    if shape.refines_by_codes:
+        planes, scale, _centre, _balance, _rotation, *codes = state_arguments(shape.index, state)
+        blocks = 1 if shape.per_query_head else shape.head_blocks
+        code_scores_specialization(shape, own.has_cap, is_early).launch(
+            (shape.candidate_tiles, shape.rows, blocks),
+            scratch.packed, scratch.total, scratch.unit, scratch.mean, planes, scale, *codes,
+            scratch.candidates, *outputs, *lists, shape.tiles, shape.num_candidates,
+            own.factor / first.factor, own.softcap,
+        )  # fmt: skip
+    else:
         assert keys is not None
         query = as_rows(query)
         key_scores_specialization(shape, query.dtype, own.has_cap, is_early).launch(
@@ -178,15 +187,6 @@ def score_candidates(
             query, keys, scratch.candidates, *outputs, *query.stride()[:3], *lists,
             keys.shape[2], shape.num_candidates, own.factor, own.softcap,
         )  # fmt: skip
-        return
-    planes, scale, _centre, _balance, _rotation, *codes = state_arguments(shape.index, state)
-    blocks = 1 if shape.per_query_head else shape.head_blocks
-    code_scores_specialization(shape, own.has_cap, is_early).launch(
-        (shape.candidate_tiles, shape.rows, blocks),
-        scratch.packed, scratch.total, scratch.unit, scratch.mean, planes, scale, *codes,
-        scratch.candidates, *outputs, *lists, shape.tiles, shape.num_candidates,
-        own.factor / first.factor, own.softcap,
-    )  # fmt: skip
 
 
 def select_candidates(
@@ -256,7 +256,7 @@ def query_specialization(shape: Shape, dtype: torch.dtype, is_early: bool) -> Sp
         "OUT": CHANNELS_AT_ONCE,
         "GROUPS": GROUPS_AT_ONCE,
         "NORM": rotation_norm(head_dim),
-        "HAS_CODES": shape.refine > 0 and not shape.refines_by_keys,
+        "HAS_CODES": shape.refines_by_codes,
         "SPLIT": dtype == torch.float32,
         "IS_EARLY": is_early,
     }

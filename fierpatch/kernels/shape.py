@@ -161,15 +161,15 @@ class Shape:
         return min(self.refine * self.budget, self.tiles * TILE_SIZE)
 
     @cached_property
-    def refines_by_keys(self) -> bool:
-        """Whether candidates are scored by their keys, not by codes of the index."""
-        return self.refine > 0 and not self.index.refined_bytes_per_token
+    def refines_by_codes(self) -> bool:
+        """Whether candidates are scored by codes of the index, and not by their keys."""
+        return self.refine > 0 and self.index.refined_bytes_per_token > 0
 
     @cached_property
     def candidate_block(self) -> int:
         """Candidates that the program of the second selection reads at once: as registers allow."""
         most = _CANDIDATE_WEIGHTS // max(triton.next_power_of_2(self.list_heads), 4)
-        return max(min(triton.next_power_of_2(self.num_candidates), most), CANDIDATE_TILE)
+        return max(min(triton.next_power_of_2(self.num_candidates or 1), most), CANDIDATE_TILE)
 
     @cached_property
     def candidate_blocks(self) -> int:
@@ -201,8 +201,8 @@ class Scratch:
         slots = shape.score_rows * shape.head_blocks * shape.heads
         slots = slots if isinstance(shape.index, RotatedIndex) else 0
         self.operand = empty(slots * 2 * head_dim, dtype=torch.int8)
-        has_codes = shape.refine > 0 and not shape.refines_by_keys
-        self.packed = empty(slots * 2 * head_dim if has_codes else 0, dtype=torch.int8)
+        packed = slots if shape.refines_by_codes else 0
+        self.packed = empty(packed * 2 * head_dim, dtype=torch.int8)
         self.total = empty(slots * triton.cdiv(head_dim, CHANNELS_AT_ONCE), dtype=torch.int32)
         self.unit = empty(slots)
         self.mean = empty(groups * slots)
@@ -216,19 +216,11 @@ class Scratch:
         self.chunk_low = empty(shape.rows, shape.chunks, MANTISSAS.value, dtype=torch.int32)
         self.chunk_over = empty(shape.rows, shape.chunks, dtype=torch.int32)
         self.plan = empty(shape.rows, 2, dtype=torch.int32)
-        if shape.refine:
-            self._add_candidates(shape, device)
-
-    def _add_candidates(self, shape: Shape, device: torch.device) -> None:
-        tiles, heads = (shape.rows, shape.candidate_tiles), shape.list_heads
-
-        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(sizes, dtype=dtype, device=device)
-
+        candidates = (shape.rows, shape.candidate_tiles, CANDIDATE_TILE)
         self.candidates = empty(shape.rows, shape.num_candidates, dtype=torch.int32)
-        self.candidate_weight = empty(*tiles, CANDIDATE_TILE, heads, dtype=torch.int16)
-        self.candidate_most = empty(*tiles, heads)
-        self.candidate_sum = empty(*tiles, heads)
-        # Read again only by a program that has not kept them.
-        slots = shape.rows * shape.candidate_tiles * CANDIDATE_TILE
-        self.candidate_key = empty(slots if shape.candidate_blocks > 1 else 0, dtype=torch.int16)
+        self.candidate_weight = empty(*candidates, shape.list_heads, dtype=torch.int16)
+        self.candidate_most = empty(*candidates[:2], shape.list_heads)
+        self.candidate_sum = torch.empty_like(self.candidate_most)
+        # Only a program that cannot keep them in registers writes them down.
+        written = candidates if shape.candidate_blocks > 1 else (0,)
+        self.candidate_key = empty(*written, dtype=torch.int16)

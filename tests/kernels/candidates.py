@@ -50,7 +50,7 @@ def exact_candidate_logits(step: Step, candidates: Tensor) -> tuple[Tensor, Tens
         at = tokens.flatten(2).unsqueeze(3).expand(-1, -1, -1, rows.shape[3])
         return of_lists(step, rows.double()).gather(2, at).unflatten(2, tokens.shape[2:])
 
-    if step.shape.refines_by_keys:
+    if not step.shape.refines_by_codes:
         keys = gather(step.keys)
         scores = keys @ query.mT  # [B, lists, T, n, heads]
         error = summed * keys.norm(dim=-1, keepdim=True) * query.norm(dim=-1).unsqueeze(3)
@@ -202,7 +202,7 @@ def check_refined_lists(case: Retrieval, device: torch.device) -> None:
         case.index, step.state, step.query, axes.length, budget=case.budget, sinks=case.sinks,
         recent=case.recent, per_query_head=case.per_query_head, scale=case.scale,
         softcap=case.softcap, sink_logits=step.sink_logits, visible=case.seen,
-        refine=case.refine, keys=step.keys if step.shape.refines_by_keys else None,
+        refine=case.refine, keys=None if step.shape.refines_by_codes else step.keys,
     )  # fmt: skip
     assert torch.equal((found >= 0).sum(-1), (expected >= 0).sum(-1))
     logits, _ = exact_candidate_logits(step, candidates)
