@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from fierpatch.index import KeyIndex
-from fierpatch.select import causal_visible, select, softmax_beside_sink, to_logits
-
-CANDIDATE_TEMPERATURE = 2.0  # of the softmax that chooses what is scored again
+from fierpatch.select import (
+    CANDIDATE_TEMPERATURE,
+    causal_visible,
+    select,
+    softmax_beside_sink,
+    to_logits,
+)
 
 
 def exact_scores(query: Tensor, keys: Tensor) -> Tensor:

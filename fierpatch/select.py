@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fierpatch.errors import ConfigError
 
+CANDIDATE_TEMPERATURE = 2.0  # of the softmax that chooses what is scored again
+
 
 def causal_visible(num_queries: int, length: int, device: torch.device) -> Tensor:
     """Bool ``[1, 1, T, S]``: the last T of S tokens as queries, each seeing up to itself."""

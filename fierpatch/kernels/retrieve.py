@@ -37,7 +37,7 @@ from fierpatch.kernels.top_k import (
     key_kernel,
     low_kernel,
 )
-from fierpatch.reference import CANDIDATE_TEMPERATURE
+from fierpatch.select import CANDIDATE_TEMPERATURE
 
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
 _COUNTS = 8192  # of keys in bins by chunk, that a program of the compaction adds up at once

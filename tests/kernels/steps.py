@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fierpatch.index import KeyIndex
 from fierpatch.index.packing import TILE_SIZE, num_tiles
-from fierpatch.reference import CANDIDATE_TEMPERATURE
-from fierpatch.select import causal_visible
+from fierpatch.select import CANDIDATE_TEMPERATURE, causal_visible
 from kernels.tensors import GROUPS, HEAD_DIMS, LAYOUTS, lay_out, set_balance
 from strategies import Shape, channel_offsets, gaussian, heavy_tails, indexes, masks, seeds, ties
 
