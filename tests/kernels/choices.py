@@ -116,10 +116,10 @@ def choices(
 @contextmanager
 def chunks_at_most(num_chunks: int) -> Iterator[None]:
     """Let a selection have so few programs a row that each reads several blocks."""
-    from fierpatch.kernels import retrieve, shape
+    from fierpatch.kernels import retrieval_kernels, shape
 
     def clear() -> None:
-        for value in vars(retrieve).values():
+        for value in vars(retrieval_kernels).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
 
