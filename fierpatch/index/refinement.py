@@ -60,22 +60,26 @@ class Refinement:
             torch.zeros(*size, 1, dtype=torch.uint8, device=device),
         )
 
-    def encode(self, is_high: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, is_high: Tensor, magnitude: Tensor, energy: Tensor, overlap: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Codes and ratios of rotated keys.
 
         Args:
             is_high: bool ``[B, H, n, D]``, the signs.
             magnitude: float64 ``[B, H, n, D]``.
+            energy: float64 ``[B, H, n]``, the sums of their squares.
+            overlap: float64 ``[B, H, n]``, their sums, which is what they have in common with the
+                signs.
         """
-        energy = magnitude.square().sum(-1, keepdim=True)
-        step = (energy * self.square_step).sqrt().float()
+        step = (energy * self.square_step).sqrt().float().unsqueeze(-1)
         level = torch.zeros_like(magnitude, dtype=torch.uint8)
         # By comparisons with float32 numbers, as magnitudes are: no two devices decide them apart.
         for least in range(1, 1 << (self.bits - 1)):
             level += magnitude >= (least * step).double()
         # Both scales are the energy over an overlap: that of the signs, and that of the levels.
-        overlap = ((magnitude * (level.double() + 0.5)).sum(-1) * self.usual_ratio).float()
-        ratio = torch.where(overlap > 0, magnitude.sum(-1).float() / overlap, 1.0)
+        own = ((magnitude * (level.double() + 0.5)).sum(-1) * self.usual_ratio).float()
+        ratio = torch.where(own > 0, overlap.float() / own, 1.0)
         byte = ((ratio.view(torch.int32) + 0x8000) >> 16) - HALF
         code = torch.where(is_high, level, ~level)
         bits = [(code >> bit) & 1 for bit in reversed(range(self.bits - 1))]

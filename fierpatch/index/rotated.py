@@ -238,7 +238,7 @@ class RotatedIndex:
         stop = start + centred.shape[2]
         scale.view(*scale.shape[:2], -1)[:, :, start:stop] = length
         if self.refine_bits:
-            own = self.refinement.encode(is_high, magnitude)
+            own = self.refinement.encode(is_high, magnitude, energy, overlap)
             for tensor, code in zip(state[4:-1], own, strict=True):
                 tensor.view(*tensor.shape[:2], -1, tensor.shape[4])[:, :, start:stop] = code
 

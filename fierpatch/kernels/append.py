@@ -19,6 +19,7 @@ from fierpatch.kernels.constants import ROWS, TILE_SIZE
 from fierpatch.kernels.early import can_start_early, start_next
 from fierpatch.kernels.launch import Specialization, as_rows
 from fierpatch.kernels.quantize import (
+    codes_of,
     encode,
     load_factors,
     multiply_factors,
@@ -186,8 +187,7 @@ def _quantize(
     third_ptr += row * tiles * (TILE_SIZE // GROUP * D)
     if INDEX == 1:
         if REFINE > 0:
-            codes_ptr += row * tiles * (TILE_SIZE * (REFINE - 1) * ((D + 7) // 8))
-            ratio_ptr += row * tiles * TILE_SIZE
+            codes_ptr, ratio_ptr = codes_of(codes_ptr, ratio_ptr, row, tiles, D, REFINE)
         quantize_rotated(
             keys_ptr, planes_ptr, scale_ptr + row * tiles * TILE_SIZE, third_ptr,
             balance_ptr + row * D, rotation_ptr, codes_ptr, ratio_ptr, tile, start, stop,
@@ -286,8 +286,7 @@ def append_kernel(
         if stored % GROUP != 0:
             start_next(IS_EARLY)
         if REFINE > 0:
-            codes_ptr += row * tiles * (TILE_SIZE * (REFINE - 1) * ((D + 7) // 8))
-            ratio_ptr += row * tiles * TILE_SIZE
+            codes_ptr, ratio_ptr = codes_of(codes_ptr, ratio_ptr, row, tiles, D, REFINE)
         arrived = _append_one(
             key_ptr, value_ptr, keys_ptr, values_ptr,
             planes_ptr + row * tiles * (BITS * ROWS * D),

@@ -174,6 +174,13 @@ def encode(x, D: tl.constexpr, BITS: tl.constexpr, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
+def codes_of(codes_ptr, ratio_ptr, row, tiles, D: tl.constexpr, REFINE: tl.constexpr):
+    """The codes and ratios of KV head `row`."""
+    CODE: tl.constexpr = (REFINE - 1) * ((D + 7) // 8)
+    return codes_ptr + row * tiles * (TILE_SIZE * CODE), ratio_ptr + row * tiles * TILE_SIZE
+
+
+@triton.jit
 def store_codes(
     codes_ptr,
     ratio_ptr,

@@ -16,14 +16,21 @@ from fierpatch.kernels.launch import Specialization
 from fierpatch.kernels.query import query_kernel
 from fierpatch.kernels.scores import fier_scores_kernel, rotated_scores_kernel
 from fierpatch.kernels.shape import CANDIDATE_TILE, CHANNELS_AT_ONCE, GROUPS_AT_ONCE, Shape
-from fierpatch.kernels.top_k import COARSE, EXACT, Keys, compact_kernel, key_kernel, low_kernel
+from fierpatch.kernels.top_k import (
+    COARSE,
+    EXACT,
+    SelectionKeys,
+    compact_kernel,
+    key_kernel,
+    low_kernel,
+)
 
 _TOKENS_PER_WARP = 512  # of the selection: what a warp does for its program costs as much as 100
 _COUNTS = 8192  # of keys in bins by chunk, that a program of the compaction adds up at once
 _CANDIDATES_PER_WARP = 512  # of the second selection, one program a row
 
 
-def first_keys(shape: Shape) -> Keys:
+def first_keys(shape: Shape) -> SelectionKeys:
     """The keys of the first selection."""
     return COARSE if shape.refine else EXACT
 
@@ -104,7 +111,7 @@ def fier_scores_specialization(
     return Specialization(fier_scores_kernel, constants, num_warps=num_warps, num_stages=1)
 
 
-def _key_constants(keys: Keys) -> dict[str, int]:
+def _key_constants(keys: SelectionKeys) -> dict[str, int]:
     return {"SHIFT": keys.shift, "ALWAYS": keys.always}
 
 

@@ -27,7 +27,6 @@ from fierpatch.kernels.retrieval_kernels import (
 )
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.kernels.top_k import COARSE
-from fierpatch.select import CANDIDATE_TEMPERATURE
 
 
 def retrieve(
@@ -131,7 +130,7 @@ def select(
         grid, scratch.weight, scratch.most, scratch.sum, sink_logits, scratch.count, counters,
         scratch.key, scratch.high, scratch.chunk_low,
         shape.num_lists, shape.num_queries, shape.tiles, sinks, recent, blocks,
-        keys.smallest(budget - sinks - recent), _first(shape, Logits(1.0)).in_log2.scale,
+        keys.smallest(budget - sinks - recent), LOG2_E.value / shape.temperature,
     )  # fmt: skip
     parts = (scratch.high, scratch.chunk_low, scratch.chunk_over, scratch.plan)
     if not shape.refine:
@@ -201,7 +200,7 @@ def select_candidates(
 
 def _first(shape: Shape, logits: Logits) -> Logits:
     """The logits of the first scoring: of candidates where there are any."""
-    return logits.over(CANDIDATE_TEMPERATURE) if shape.refine else logits
+    return logits.over(shape.temperature) if shape.refine else logits
 
 
 def _new_lists(shape: Shape, device: torch.device) -> Tensor:

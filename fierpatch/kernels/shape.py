@@ -12,6 +12,7 @@ from torch import Tensor
 from fierpatch.index import KeyIndex, RotatedIndex
 from fierpatch.index.packing import TILE_SIZE
 from fierpatch.kernels.constants import EXPONENTS, MANTISSAS, MAX_HEADS
+from fierpatch.select import CANDIDATE_TEMPERATURE
 
 CHANNELS_AT_ONCE = 32  # of the query, that a program rotates
 GROUPS_AT_ONCE = 32  # whose centres a program multiplies with the query
@@ -154,6 +155,11 @@ class Shape:
     def first_budget(self) -> int:
         """Tokens that the first selection chooses a list: candidates, or the list itself."""
         return self.budget * max(self.refine, 1)
+
+    @cached_property
+    def temperature(self) -> float:
+        """Of the first scoring's softmax."""
+        return CANDIDATE_TEMPERATURE if self.refine else 1.0
 
     @cached_property
     def num_candidates(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -25,7 +26,7 @@ from fierpatch.kernels.scores import weight_of
 
 
 @dataclass(frozen=True)
-class Keys:
+class SelectionKeys:
     """What of a float32 priority a key has: the bits from `shift` on, less those of the smallest.
 
     0 is an invisible token, `always` one that is attended whatever its priority (a sink or a
@@ -53,15 +54,18 @@ class Keys:
         return _upper_bits(1 / max(count, 1), self.shift) + 2 - self.always
 
 
+@cache
 def _upper_bits(number: float, shift: int) -> int:
     (bits,) = struct.unpack("<i", struct.pack("<f", number))
     return int(bits) >> shift
 
 
 # 6 bits of exponent, down to 2 ** -63, and 8 of mantissa.
-EXACT = Keys(23 - MANTISSA_BITS.value, EXPONENTS.value * MANTISSAS.value - 1, 1 - EXPONENTS.value)
+EXACT = SelectionKeys(
+    23 - MANTISSA_BITS.value, EXPONENTS.value * MANTISSAS.value - 1, 1 - EXPONENTS.value
+)
 # Quarters of an octave, 15 of them below 1 / count.
-COARSE = Keys(21, EXPONENTS.value - 1)
+COARSE = SelectionKeys(21, EXPONENTS.value - 1)
 
 
 @triton.jit
@@ -161,7 +165,7 @@ def key_of(
     priority, is_visible, rank, num_visible, sinks, recent, smallest,
     SHIFT: tl.constexpr, ALWAYS: tl.constexpr,
 ):  # fmt: skip
-    """`Keys` of tokens, the rank-th of `num_visible` from 1 on."""
+    """`SelectionKeys` of tokens, the rank-th of `num_visible` from 1 on."""
     key = (priority.to(tl.int32, bitcast=True) >> SHIFT) - smallest
     key = tl.minimum(tl.maximum(key, 1), ALWAYS - 1)
     key = tl.where((rank <= sinks) | (rank > num_visible - recent), ALWAYS, key)
@@ -284,7 +288,7 @@ def key_kernel(
         tile = start + tl.arange(0, BLOCK_TILES)
         mask = (tile < num_tiles)[:, None] & (head < HEADS)[None, :]
         mosts = tl.load(
-            most_ptr + tile[:, None] * G + head[None, :], mask=mask, other=-float("inf")
+            most_ptr + tile[:, None] * G + head[None, :], mask=mask, other=float("-inf")
         )
         sums = tl.load(sum_ptr + tile[:, None] * G + head[None, :], mask=mask, other=0.0)
         most, total = add_tiles(mosts, sums, most, total)

@@ -30,8 +30,13 @@ def magnitudes(length: int, head_dim: int, seed: int) -> Tensor:
     return x.abs().double()
 
 
+def sums(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """Energy and overlap with the signs."""
+    return magnitude.square().sum(-1), magnitude.sum(-1)
+
+
 def one_bit_scale(magnitude: Tensor) -> Tensor:
-    energy, overlap = magnitude.square().sum(-1), magnitude.sum(-1)
+    energy, overlap = sums(magnitude)
     return torch.where(overlap > 0, energy / overlap, 0.0).half()
 
 
@@ -40,7 +45,7 @@ def test_levels_are_the_nearest_of_a_uniform_quantiser(bits: int, head_dim: int,
     magnitude = magnitudes(20, head_dim, seed)
     refinement = Refinement(head_dim, bits)
     is_high = torch.ones_like(magnitude, dtype=torch.bool)
-    codes, ratio = refinement.encode(is_high, magnitude)
+    codes, ratio = refinement.encode(is_high, magnitude, *sums(magnitude))
     assert codes.shape == (1, 1, 20, refinement.code_size)
     levels, _ = refinement.decode(is_high, codes, ratio)
     x = magnitude[0, 0].numpy()
@@ -48,7 +53,8 @@ def test_levels_are_the_nearest_of_a_uniform_quantiser(bits: int, head_dim: int,
     for token, found in enumerate(levels[0, 0].numpy() - 0.5):
         edges = step[token] * np.arange(1, 2 ** (bits - 1), dtype=np.float32)
         assert np.array_equal(found, np.searchsorted(edges, x[token], side="right"))
-    mirrored, _ = refinement.decode(~is_high, *refinement.encode(~is_high, magnitude))
+    codes, ratio = refinement.encode(~is_high, magnitude, *sums(magnitude))
+    mirrored, _ = refinement.decode(~is_high, codes, ratio)
     assert torch.equal(mirrored, -levels)
 
 
@@ -57,9 +63,9 @@ def test_a_scale_makes_the_levels_unbiased(bits: int, head_dim: int, seed: int) 
     """``<a b, x> = |x|^2``, but for half a step of the byte and the rounding of the scale."""
     magnitude = magnitudes(50, head_dim, seed)[:, :, 1:]
     refinement, scale = Refinement(head_dim, bits), one_bit_scale(magnitude)
-    energy = magnitude.square().sum(-1)
+    energy, overlap = sums(magnitude)
     is_high = torch.ones_like(magnitude, dtype=torch.bool)
-    codes = refinement.encode(is_high, magnitude)
+    codes = refinement.encode(is_high, magnitude, energy, overlap)
     levels, ratio = refinement.decode(is_high, *codes)
     own = scale.double() * ratio.double()
     share = own * (levels * magnitude).sum(-1) / energy
