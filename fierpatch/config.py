@@ -46,7 +46,10 @@ class FierConfig:
             verification step of assisted decoding); longer ones are prefill and stay dense.
         compile: build static caches, so that decode compiles into one graph.
             ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
-        offload: keep K and V in host memory. Planned; True raises `NotYetSupportedError`.
+        offload: keep K and V in pinned host memory, but for those of the dense layers; the index
+            stays on the device, with the rows that each list selected last.
+            ``cache_implementation="offloaded"`` or ``"offloaded_static"`` does it for one call.
+        hot_tokens: how many such rows a list, at least the budget; None means twice the budget.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
             ``"reference"`` (plain PyTorch, anywhere) or ``"auto"``: Triton where it can run.
         seed: seed of the rotation's random signs.
@@ -69,6 +72,7 @@ class FierConfig:
     max_query_length: int = 8
     compile: bool = False
     offload: bool = False
+    hot_tokens: int | None = None
     backend: str = "auto"
     seed: int = 0
 
@@ -125,10 +129,17 @@ class FierConfig:
                 f"is index={self.index!r} with bits={self.bits}: choose that, or "
                 "refine_bits='exact'"
             )
-        if self.offload:
-            raise NotYetSupportedError(
-                "offload=True needs the host tier, which this version does not have yet: leave "
-                "offload=False (K and V stay on the model's device)"
+        if self.hot_tokens is not None:
+            _check_integer("hot_tokens", self.hot_tokens, 1)
+            if self.hot_tokens < self.budget:
+                raise ConfigError(
+                    f"hot_tokens={self.hot_tokens} is below budget={self.budget}, and all that a "
+                    "step selects has to be there at once: raise it to the budget at least"
+                )
+        if self.offload and self.refines_by_keys:
+            raise ConfigError(
+                "refine_bits='exact' reads the keys of all candidates, which offload=True keeps on "
+                "the host: choose refine_bits=2, 3 or 4, whose codes stay on the device"
             )
         if self.backend in PLANNED_BACKENDS:
             raise NotYetSupportedError(
@@ -145,6 +156,11 @@ class FierConfig:
     def index_group_size(self) -> int:
         """`group_size`, or the index's own default where it is None."""
         return self.group_size or {"rotated": 128, "fier": 32}[self.index]
+
+    @property
+    def hot_rows(self) -> int:
+        """Rows of a hot set: `hot_tokens`, or twice the budget where it is None."""
+        return self.hot_tokens or 2 * self.budget
 
     @property
     def code_bits(self) -> int:

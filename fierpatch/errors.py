@@ -14,6 +14,7 @@
     │   ├── CacheMismatchError            another model's cache, or another batch size
     │   ├── CapacityError                 more tokens than a static cache holds
     │   └── PositionLimitError            more tokens than the model has positions
+    ├── HostMemoryError (MemoryError)     the host lacks memory for K and V, or does not pin it
     ├── TokenizerError                    the tokenizer lacks what the call needs
     ├── PromptError (ValueError)          the prompt is empty, unreadable or too long
     ├── CheckpointError                   a model folder or id that cannot be loaded
@@ -72,6 +73,10 @@ class CapacityError(CacheError):
 
 class PositionLimitError(CacheError):
     """More tokens than the model has positions for."""
+
+
+class HostMemoryError(FierError, MemoryError):
+    """The host has too little memory for keys and values, or does not pin it."""
 
 
 class TokenizerError(FierError):

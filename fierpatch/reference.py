@@ -170,12 +170,16 @@ def gather_attention(
     # An unused slot reads a token that the row does use: its weight is 0, and padding may be NaN.
     rows = torch.where(is_used, token_indices, token_indices.amax(-1, keepdim=True).clamp_min(0))
     kv_head = torch.arange(num_lists, device=query.device) // (num_lists // num_kv_heads)
-    row_of_head = torch.arange(batch_size, device=query.device)[:, None] * num_kv_heads + kv_head
+    batch = torch.arange(batch_size, device=query.device)
+    row_of_head = batch[:, None] * num_kv_heads + kv_head
     flat = (row_of_head[:, :, None, None] * keys.shape[2] + rows).flatten()
 
     def gather(tensor: Tensor) -> Tensor:
-        chosen = tensor.reshape(-1, tensor.shape[-1]).index_select(0, flat)
-        return chosen.view(*rows.shape, -1).to(dtype)  # [B, lists, T, K, D]
+        if tensor.is_contiguous():
+            chosen = tensor.view(-1, tensor.shape[-1]).index_select(0, flat)
+            return chosen.view(*rows.shape, -1).to(dtype)  # [B, lists, T, K, D]
+        # Paired rows: to lay them out otherwise would copy all there are.
+        return tensor[batch[:, None, None, None], kv_head[:, None, None], rows].to(dtype)
 
     grouped = query.to(dtype).unflatten(1, (num_lists, -1)).transpose(2, 3)  # [B, lists, T, G, D]
     logits = to_logits(grouped @ gather(keys).transpose(3, 4), scale, softcap)

@@ -31,15 +31,21 @@ MAX_BATCH = 4
 def layer_configs(draw: st.DrawFn) -> FierConfig:
     name, bits = draw(st.sampled_from((("rotated", 1), ("rotated", 2), ("fier", 1))))
     codes = (2, 3, 4, "exact") if (name, bits) == ("rotated", 1) else ("exact",)
+    refine, refine_bits = draw(st.sampled_from((0, 0, 3))), draw(st.sampled_from(codes))
+    budget = draw(st.sampled_from((8, 64, 600)))
+    # The keys that candidates would be scored by are on the host.
+    is_offloaded = draw(st.booleans()) and not (refine and refine_bits == "exact")
     return FierConfig(
-        budget=draw(st.sampled_from((8, 64, 600))),
+        budget=budget,
         sinks=2,
         recent=3,
         index=name,
         bits=bits,
         group_size=draw(st.sampled_from((32, 128, 512))),
-        refine=draw(st.sampled_from((0, 0, 3))),
-        refine_bits=draw(st.sampled_from(codes)),
+        refine=refine,
+        refine_bits=refine_bits,
+        offload=is_offloaded,
+        hot_tokens=draw(st.sampled_from((None, budget, 3 * budget + 1))),
         per_query_head=draw(st.booleans()),
         max_query_length=LONGEST_QUERY,
     )
@@ -96,18 +102,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.longest = max(self.longest, self.stored)
         assert torch.equal(keys[:, :, : self.stored], self.keys)
         assert torch.equal(values[:, :, : self.stored], self.values)
-        assert keys.shape[2] == (STATIC_CAPACITY if self.is_static else self.stored)
+        is_step = count <= LONGEST_QUERY
+        assert keys.shape[2] == (STATIC_CAPACITY if self.is_static and is_step else self.stored)
         for tensor in (keys, values):
             assert getattr(tensor, MARK)() is self.layer
         return True
 
-    @rule(count=st.integers(LONGEST_QUERY + 1, 200), is_indexed=st.booleans())
-    def prompt(self, count: int, is_indexed: bool) -> None:
+    @rule(
+        count=st.integers(LONGEST_QUERY + 1, 200),
+        is_indexed=st.booleans(),
+        is_given=st.booleans(),
+    )
+    def prompt(self, count: int, is_indexed: bool, is_given: bool) -> None:
         """A prompt or a part of one; who attends to it indexes it, who drops it does not."""
         if not self.update(count) or self.is_dense or not is_indexed:
             return
         query = self.random(NUM_KV_HEADS * NUM_GROUPS, count, HEAD_DIM)
-        self.layer.index_prompt(query)
+        self.layer.index_prompt(query, self.keys if is_given else None)
         if self.stored >= 2 * self.calibrated:
             assert self.layer.index is not None
             state = self.fresh_state(0)
@@ -171,7 +182,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Beam search: every row becomes a copy of some row, in place."""
         rows = data.draw(self.some_rows(self.keys.shape[0]))
         before = [tensor.data_ptr() for tensor in (self.layer.keys, *self.layer.state)]
-        self.layer.reorder(rows)
+        self.layer.take(rows)
         after = [tensor.data_ptr() for tensor in (self.layer.keys, *self.layer.state)]
         assert before == after
         self.map_rows(rows)
@@ -180,13 +191,13 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), size=st.integers(1, MAX_BATCH))
     def select_rows(self, data: st.DataObject, size: int) -> None:
         rows = data.draw(self.some_rows(size))
-        self.layer.select_rows(rows)
+        self.layer.take(rows)
         self.map_rows(rows)
 
     @precondition(lambda self: self.layer.is_allocated and 2 * self.layer.batch_size <= MAX_BATCH)
     @rule()
     def repeat_rows(self) -> None:
-        self.layer.repeat_interleave(2)
+        self.layer.take(torch.arange(self.keys.shape[0]).repeat_interleave(2))
         self.map_rows(torch.arange(self.keys.shape[0]).repeat_interleave(2))
 
     def some_rows(self, size: int) -> st.SearchStrategy[Tensor]:
@@ -300,9 +311,9 @@ def test_buffers_are_freed_when_others_replace_them(change: str) -> None:
     if change == "grow":
         layer.update(*rows(1, batch_size=2))
     elif change == "select":
-        layer.select_rows(torch.tensor([1]))
+        layer.take(torch.tensor([1]))
     else:
-        layer.repeat_interleave(2)
+        layer.take(torch.tensor([0, 0, 1, 1]))
     assert [buffer() for buffer in buffers] == [None] * len(buffers)
 
 
@@ -312,9 +323,7 @@ def test_a_new_cache_is_empty() -> None:
     assert layer.batch_size == -1
     layer.crop(5)
     layer.reset()
-    layer.reorder(torch.tensor([0]))
-    layer.select_rows(torch.tensor([0]))
-    layer.repeat_interleave(2)
+    layer.take(torch.tensor([0]))
     assert not layer.is_allocated
 
 
@@ -396,7 +405,7 @@ def test_a_cache_born_in_inference_mode_can_be_used_outside(is_static: bool) -> 
     with torch.no_grad():
         layer.update(*rows(1))
         layer.crop(1)
-        layer.reorder(torch.tensor([0]))
+        layer.take(torch.tensor([0]))
     assert layer.num_tokens == 100
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fierpatch"
 FLOORS = (  # low to high; a module imports from floors strictly below its own
     {"errors"},
     {"config"},
-    {"index", "select"},
+    {"hot_set", "index", "rows", "select"},
     {"reference", "kernels"},
     {"ops"},
     {"flex", "offload"},

@@ -41,6 +41,9 @@ class LayerFacts:
     itemsize: int = 0
     kv_nbytes: int = 0
     index_nbytes: int = 0
+    host_nbytes: int = 0  # of those of K and V
+    hot_nbytes: int = 0
+    tally: Tensor | None = None  # of the hot set
 
     def record(self, layer: LayerCache) -> None:
         """Take down the layer's sizes and keep its counters."""
@@ -49,5 +52,9 @@ class LayerFacts:
         self.batch_size, self.num_kv_heads, _, self.head_dim = keys.shape
         self.value_head_dim = values.shape[3]
         self.itemsize = keys.element_size()
-        self.kv_nbytes = keys.nbytes + values.nbytes
+        store, hot = layer.store, layer.hot
+        assert store is not None
+        self.kv_nbytes = store.device_nbytes + store.host_nbytes
+        self.host_nbytes = store.host_nbytes
+        self.hot_nbytes, self.tally = (hot.nbytes, hot.tally) if hot is not None else (0, None)
         self.index_nbytes = 0 if layer.index is None else nbytes(layer.index, layer.state)

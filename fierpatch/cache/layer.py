@@ -1,9 +1,8 @@
-"""One layer's cache: K and V in buckets, the key index beside them, and how far both have come."""
+"""One layer's cache: a store of K and V, the key index beside it, and how far both have come."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from fierpatch.cache.checks import check_fit, check_positions
 from fierpatch.cache.facts import LayerFacts, Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
+from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex, map_batch, resize
+from fierpatch.offload import DeviceStore, HostStore, Store
 from fierpatch.ops.library import check_capacity
 from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
 
@@ -26,7 +27,8 @@ class LayerCache:
 
     Growing caches allocate in buckets of 512 tokens and know their length on the host. Static ones
     have a fixed capacity, fixed addresses and counters on the device, and hand out their whole
-    buffers, so that a decode step compiles into one graph.
+    buffers, so that a decode step compiles into one graph. With ``config.offload`` the K and V of a
+    layer that is not dense are on the host, with a hot set on the device.
 
     Args:
         config: the settings of the patch.
@@ -55,10 +57,15 @@ class LayerCache:
         self.capacity = _round_up(max(capacity, 1))
         if is_static and max_positions is not None:
             self.capacity = min(self.capacity, max_positions)
+        self.is_offloaded = config.offload and not is_dense
+        self._is_last = self._shared.enlist() if self.is_offloaded else lambda: False
+        # For prompts that are compiled too: then masks are made for the whole capacity.
+        self.hands_out_all = False
         self.observer: Observer | None = None
         self.index: KeyIndex | None = None
         self.state: list[Tensor] = []
-        self.keys = self.values = torch.empty(0)  # until the first update
+        self.store: Store | None = None  # until the first update
+        self.hot: HotSet | None = None  # until the first step of an offloaded layer
         # Tensors born in inference mode could not be updated outside it, in a later turn.
         with torch.inference_mode(False):
             self.counters = torch.zeros(4, dtype=torch.int64)
@@ -72,7 +79,25 @@ class LayerCache:
     @property
     def is_allocated(self) -> bool:
         """Whether the buffers exist; the first update makes them."""
-        return self.keys.ndim == 4
+        return self.store is not None
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, H, C, D]``, wherever its memory is."""
+        return self._allocated.keys
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, H, C, Dv]``, wherever its memory is."""
+        return self._allocated.values
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors that grow with the capacity."""
+        if self.store is None:
+            return ()
+        hot = self.hot.tensors if self.hot is not None else []
+        return (*self.store.rows, *self.state, *hot)
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +112,7 @@ class LayerCache:
     def configure(self, config: FierConfig) -> None:
         """Retrieve by these settings from now on; the index's own have to stay the same."""
         self.config, self.operators = config, ReferenceOperators(config)
-        if self.is_allocated:
+        if self.store is not None:
             with torch.inference_mode(False):
                 self.operators = self._shared.operators(config, self.keys, self.values)
             self._settle()
@@ -109,44 +134,84 @@ class LayerCache:
             CapacityError: a static cache is full.
             PositionLimitError: the model has no positions for that many tokens.
         """
-        num_new = key.shape[2]
-        if not self.is_allocated:
+        if self.store is None:
             self.allocate(key, value)
         check_fit(key, value, self.keys, self.values)
-        is_prompt = num_new > self.config.max_query_length
-        is_first_prompt, stored = False, 0
-        is_recorded = self.is_static and _is_recorded(key)
-        if not self.is_static:
-            stored = self._progress[0]
-            is_first_prompt = is_prompt and stored == 0
-            self._reserve(stored + num_new)
-        elif not is_recorded:
-            check_capacity(self._progress[0], num_new, self.capacity)
-        self.operators.append(
-            key, value, self.keys, self.values, self.state, self.counters, is_prompt
-        )
-        if not is_recorded:
-            self._progress[0] += num_new
-            if self.index is not None and not is_prompt:
-                self._progress[1] = self._progress[0]
-        if is_first_prompt:
-            # Not views of the caller's tensors, whose owner may go on to use them elsewhere.
-            keys, values = key[:], value[:]
-        elif self.is_static:
-            keys, values = self.keys[:], self.values[:]
+        is_prompt = key.shape[2] > self.config.max_query_length
+        if is_prompt and not (self.is_static and (self.hands_out_all or _is_recorded(key))):
+            keys, values = self._store_prompt(key, value)
         else:
-            stop = stored + num_new
-            keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+            keys, values = self._store_step(key, value, is_prompt)
         setattr(keys, MARK, self._mark)
         setattr(values, MARK, self._mark)
         return keys, values
 
-    def index_prompt(self, query: Tensor) -> None:
-        """Index the prompt just stored, calibrated by its own ``query [B, Hq, T, D]``."""
-        known = None if self.is_static else self._progress
-        progress = self.operators.index_prompt(query, self.keys, self.state, self.counters, known)
+    def mask_length(self, num_new: int) -> int:
+        """The number of keys that `update` will return for so many new tokens."""
+        is_step = num_new <= self.config.max_query_length or self.hands_out_all
+        if self.is_static and (is_step or torch.compiler.is_compiling()):
+            return self.capacity
+        return self.num_tokens + num_new
+
+    def _store_prompt(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The new tokens themselves where there are none before, else all that are stored."""
+        store = self._allocated
+        self._progress = self._read_progress()
+        stored, num_new = self._progress[0], key.shape[2]
+        stop = stored + num_new
+        self._reserve(stop, num_new)
+        # Not the caller's tensors, whose owner may go on to use them elsewhere, but views.
+        keys, values = key[:], value[:]
+        if isinstance(store, HostStore):
+            if stored:
+                keys, values = store.read(key, value, stored)
+            store.send(key, value, stored)
+            if self._is_last():
+                store.join()
+            self.counters[0].fill_(stop)
+        else:
+            self.operators.append(key, value, store.rows, self.state, self.counters, True)
+            if stored:
+                keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        self._progress[0] = stop
+        return keys, values
+
+    def _store_step(self, key: Tensor, value: Tensor, is_prompt: bool) -> tuple[Tensor, Tensor]:
+        """Everything that is stored (growing), or the whole buffers (static)."""
+        store, num_new = self._allocated, key.shape[2]
+        is_recorded = self.is_static and _is_recorded(key)
+        stop = self._progress[0] + num_new
+        if not is_recorded:
+            self._reserve(stop, num_new)
+            if isinstance(store, HostStore):
+                store.join()
+        self.operators.append(key, value, store.rows, self.state, self.counters, is_prompt)
+        if not is_recorded:
+            self._progress[0] = stop
+            if self.index is not None and not is_prompt:
+                self._progress[1] = stop
+        if is_prompt and isinstance(store, HostStore):
+            return store.read_all(self.counters[0])
+        if self.is_static:
+            return self.keys[:], self.values[:]
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def index_prompt(self, query: Tensor, keys: Tensor | None = None) -> None:
+        """Index the prompt just stored.
+
+        Args:
+            query: ``[B, Hq, T, D]``, its own, to calibrate by.
+            keys: what `update` returned; None means that an offloaded layer reads the host.
+        """
+        is_known = not (self.is_static and (self.hands_out_all or _is_recorded(query)))
+        known = self._progress if is_known else None
+        # On the device, where an offloaded layer has them for as long as its attention takes.
+        keys = keys if self.is_offloaded and keys is not None else self.keys
+        progress = self.operators.index_prompt(query, keys, self.state, self.counters, known)
         if progress is not None:
             self._progress = progress
+        if self.is_offloaded and self.hot is None and not _is_recorded(query):
+            self._make_hot(query.shape[1])
 
     def attend(
         self,
@@ -169,20 +234,14 @@ class LayerCache:
         Returns:
             ``[B, T, Hq, Dv]``, or None where a dense layer is left to the model's own attention.
         """
+        rows = self._allocated.rows
         if self.is_dense:
             return self.operators.attend_all(
-                query, self.keys, self.values, self.counters, visible, sink_logits, scale, softcap
+                query, rows, self.counters, visible, sink_logits, scale, softcap
             )
+        hot = self._hot_for(query) if self.is_offloaded else None
         output, token_indices = self.operators.attend(
-            query,
-            self.keys,
-            self.values,
-            self.state,
-            self.counters,
-            visible,
-            sink_logits,
-            scale,
-            softcap,
+            query, rows, self.state, self.counters, visible, sink_logits, scale, softcap, hot
         )
         if self.observer is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
@@ -193,6 +252,7 @@ class LayerCache:
 
         Raises:
             BackendError: the backend asked for cannot run on them.
+            HostMemoryError: an offloaded layer does not fit the host.
         """
         batch_size, num_kv_heads, num_new, head_dim = key.shape
         if not self.is_static:
@@ -200,8 +260,11 @@ class LayerCache:
             self.capacity = max(self.capacity, _round_up(num_new))
         with torch.inference_mode(False):
             self.operators = self._shared.operators(self.config, key, value)
-            self.keys = key.new_zeros((batch_size, num_kv_heads, self.capacity, head_dim))
-            self.values = value.new_zeros((batch_size, num_kv_heads, self.capacity, value.shape[3]))
+            if self.is_offloaded:
+                most = self.capacity if self.is_static else self.max_positions
+                self.store = HostStore(key, value, self.capacity, most, self._shared.transfer)
+            else:
+                self.store = DeviceStore(key, value, self.capacity)
             if not self.is_dense:
                 self.index = layer_index(self.config, head_dim)
                 state = self.index.allocate(batch_size, num_kv_heads, self.capacity, key.device)
@@ -210,6 +273,8 @@ class LayerCache:
                 self.state = state[:own] + shared
             if self.is_static or self.operators.name != "reference":
                 self.counters = self.counters.to(key.device, copy=True)
+        if self.is_offloaded and not self.config.per_query_head:
+            self._make_hot(num_kv_heads)
         self._settle()
 
     def crop(self, num_removed: int) -> None:
@@ -224,6 +289,8 @@ class LayerCache:
             opened = kept - kept % self.config.index_group_size
             self.operators.index_range(self.keys, self.state, opened, kept)
             indexed = kept
+        if self.hot is not None:
+            self.hot.forget(kept)
         self._progress = [kept, min(indexed, kept), calibrated]
         self.counters.copy_(torch.tensor((*self._progress, 0)))
 
@@ -231,10 +298,10 @@ class LayerCache:
         """Forget every token but keep the buffers and their addresses."""
         self.counters.zero_()
         self._progress = [0, 0, 0]
-        if self.is_allocated:
-            # Stale rows are masked, but a NaN among them would pass a weight of 0.
-            self.keys.zero_()
-            self.values.zero_()
+        if self.store is not None:
+            self.store.clear()
+        if self.hot is not None:
+            self.hot.clear()
         if self.index is not None:
             # Not the tiles alone: the next prompt must not be scored by this one's calibration.
             batch_size, num_kv_heads = self.keys.shape[:2]
@@ -243,51 +310,80 @@ class LayerCache:
                 if not is_tiled:
                     tensor.copy_(fresh)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i a copy of row ``rows[i]``, in place."""
+    def take(self, rows: Tensor) -> None:
+        """Make row i of the batch a copy of row ``rows[i]``, in place where there are as many."""
+        if self.store is None:
+            return
         rows = rows.to(self.keys.device)
-        self._map_batch(lambda tensor: tensor.copy_(tensor.index_select(0, rows)))
+        is_same = len(rows) == self.batch_size
 
-    def repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times, next to each other."""
-        self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        def change(tensor: Tensor) -> Tensor:
+            taken = tensor.index_select(0, rows)
+            return tensor.copy_(taken) if is_same else taken
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only the given rows of the batch."""
-        self._map_batch(lambda tensor: tensor[rows.to(tensor.device)].contiguous())
+        with torch.inference_mode(False):
+            self.store.take(rows, self.num_tokens)
+            if self.index is not None:
+                self.state = map_batch(self.index, self.state, change)
+            if self.hot is not None:
+                self.hot = self.hot.map_batch(change)
+        self._settle()
+
+    def release(self) -> None:
+        """Give the memory back, even if a graph or the compiler holds the tensors still."""
+        for tensor in self.buffers:
+            # Not by resizing its storage: that would pull the memory from under any view of it.
+            with torch.inference_mode(tensor.is_inference()):
+                tensor.set_()  # type: ignore[call-overload]
+        self.store = None
 
     def _read_progress(self) -> list[int]:
         """The first three counters, from the device where the host does not know them."""
         return self.counters.tolist()[:3] if self.is_static else self._progress
 
-    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        if not self.is_allocated:
-            return
+    @property
+    def _allocated(self) -> Store:
+        assert self.store is not None, "nothing was stored yet"
+        return self.store
+
+    def _hot_for(self, query: Tensor) -> HotSet | None:
+        """The hot set, for one query a list; what more of them select is read from the host."""
+        if self.hot is None and not _is_recorded(query):
+            self._make_hot(query.shape[1])
+        return self.hot if query.shape[2] == 1 else None
+
+    def _make_hot(self, num_lists: int) -> None:
+        batch_size, _, _, head_dim = self.keys.shape
+        width = head_dim + self.values.shape[3]
         with torch.inference_mode(False):
-            self.keys, self.values = change(self.keys), change(self.values)
-            if self.index is not None:
-                self.state = map_batch(self.index, self.state, change)
+            self.hot = HotSet.empty(
+                self.config.hot_rows, self.capacity, batch_size, num_lists, width, self.keys
+            )
         self._settle()
 
-    def _reserve(self, num_tokens: int) -> None:
+    def _reserve(self, num_tokens: int, num_new: int) -> None:
+        if self.is_static:
+            check_capacity(num_tokens - num_new, num_new, self.capacity)
+            return
         check_positions(num_tokens, self.max_positions)
         if num_tokens <= self.capacity:
             return
         # An eighth more at a time: few copies, and never twice the memory.
-        self.capacity = _round_up(max(num_tokens, self.capacity + self.capacity // 8))
+        capacity = _round_up(max(num_tokens, self.capacity + self.capacity // 8))
         with torch.inference_mode(False):
-            self.keys = _grown(self.keys, self.capacity)
-            self.values = _grown(self.values, self.capacity)
+            self._allocated.grow(capacity)
+            self.capacity = capacity
             if self.index is not None:
-                self.state = resize(self.index, self.state, self.capacity)
+                self.state = resize(self.index, self.state, capacity)
+            if self.hot is not None:
+                self.hot = self.hot.resize(capacity)
         self._settle()
 
     def _settle(self) -> None:
         """After the buffers changed: fix their addresses and record their sizes."""
         self.operators.settle(self.keys)
         if self.is_static and not torch.compiler.is_compiling():
-            buffers = (self.keys, self.values, self.counters, *self.state)
-            for tensor in (*buffers, *self.operators.buffers):
+            for tensor in (*self.buffers, self.counters, *self.operators.buffers):
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.facts.record(self)
 
@@ -301,9 +397,3 @@ def _is_recorded(like: Tensor) -> bool:
 
 def _round_up(num_tokens: int) -> int:
     return -(-num_tokens // BUCKET_SIZE) * BUCKET_SIZE
-
-
-def _grown(tensor: Tensor, capacity: int) -> Tensor:
-    larger = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
-    larger[:, :, : tensor.shape[2]] = tensor
-    return larger

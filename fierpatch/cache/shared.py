@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fierpatch.config import FierConfig
 from fierpatch.index import KeyIndex
+from fierpatch.offload import Transfer
 from fierpatch.ops.operators import Operators, ReferenceOperators, choose_backend
 
 if TYPE_CHECKING:
@@ -22,6 +24,14 @@ class Shared:
 
     constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] = field(default_factory=dict)
     workspaces: dict[torch.device, Workspace] = field(default_factory=dict)
+    transfer: Transfer = field(default_factory=Transfer)
+    num_offloaded: int = 0
+
+    def enlist(self) -> Callable[[], bool]:
+        """Count one more offloaded layer; the function says whether it is the last of all."""
+        self.num_offloaded += 1
+        number = self.num_offloaded
+        return lambda: number == self.num_offloaded
 
     def operators(self, config: FierConfig, key: Tensor, value: Tensor) -> Operators:
         """The operators of a layer with such keys and values.

@@ -71,7 +71,7 @@ def _make_attention(base: str, max_query_length: int) -> Attention:
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         if layer is not None and not layer.is_dense:
-            layer.index_prompt(query)
+            layer.index_prompt(query, key)
         return result
 
     return attention

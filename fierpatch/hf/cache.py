@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -45,9 +46,7 @@ class FierLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The key length that `update` will return for this many queries, and offset 0."""
-        if self.store.is_static:
-            return self.store.capacity, 0
-        return self.store.num_tokens + query_length, 0
+        return self.store.mask_length(query_length), 0
 
     def get_seq_length(self) -> int:
         """Tokens stored: an int, or a 0-d device tensor where the cache is static."""
@@ -76,16 +75,17 @@ class FierLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search, in place."""
-        self.store.reorder(beam_idx)
+        self.store.take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self.store.repeat_interleave(repeats)
+        rows = torch.arange(max(self.store.batch_size, 0))
+        self.store.take(rows.repeat_interleave(repeats))
         self._refresh()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given rows."""
-        self.store.select_rows(indices)
+        self.store.take(indices)
         self._refresh()
 
     def _refresh(self) -> None:

@@ -39,7 +39,6 @@ def prepare_cache(
         PositionLimitError: prompt and new tokens are more than the model has positions for.
         CacheMismatchError: the caller's `FierCache` is of another model or batch size.
         ConfigError: a ``cache_implementation`` that retrieval cannot stand in for.
-        NotYetSupportedError: an offloaded one.
     """
     limit = max_positions(model.config.get_text_config(decoder=True))
     if limit is not None and max_cache_length > limit:
@@ -83,6 +82,8 @@ def prepare_cache(
         )
         if generation_config.prefill_chunk_size is not None:
             # generate compiles the chunks too, and a graph cannot allocate what outlives it.
+            for store in cache.stores.values():
+                store.hands_out_all = True
             shape = model._get_static_cache_init_shape()
             if shape is not None:
                 num_kv_heads, head_dim = shape

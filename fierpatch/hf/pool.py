@@ -127,6 +127,10 @@ class StaticPool:
 
     def _release(self) -> None:
         for layer in self._layers:
+            if isinstance(layer, FierLayer):
+                layer.store.release()
+                layer.keys = layer.values = None
+                continue
             for tensor in _buffers(layer):
                 # From the tensor itself, because a graph or the compiler may hold it still. Not by
                 # resizing its storage: that would pull the memory from under any view of it.
@@ -166,7 +170,7 @@ def _is_usable(layer: CacheLayerMixin, rows: int) -> bool:
 def _reset(layer: CacheLayerMixin) -> None:
     layer.reset()
     if isinstance(layer, FierLayer):
-        layer.store.observer = None
+        layer.store.observer, layer.store.hands_out_all = None, False
     else:
         # Beam search replaces the tensors of transformers' own layers, by some without a mark.
         for tensor in _buffers(layer):
@@ -176,7 +180,6 @@ def _reset(layer: CacheLayerMixin) -> None:
 def _buffers(layer: CacheLayerMixin) -> Iterator[Tensor]:
     """The tensors that grow with the capacity; not the counters, which reports go on to read."""
     if isinstance(layer, FierLayer):
-        if layer.store.is_allocated:
-            yield from (layer.store.keys, layer.store.values, *layer.store.state)
+        yield from layer.store.buffers
     elif layer.keys is not None and layer.values is not None:
         yield from (layer.keys, layer.values)

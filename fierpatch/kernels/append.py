@@ -18,6 +18,7 @@ from fierpatch.index.rotation import rotation_norm
 from fierpatch.kernels.constants import ROWS, TILE_SIZE
 from fierpatch.kernels.early import can_start_early, start_next
 from fierpatch.kernels.launch import Specialization, as_rows
+from fierpatch.kernels.layout import is_laid_out, pair_width, rows_of
 from fierpatch.kernels.quantize import (
     codes_of,
     encode,
@@ -38,6 +39,7 @@ NO_INDEX, ROTATED, FIER = 0, 1, 2
 def _store(
     new_ptr,
     buffer_ptr,
+    step,
     stride_t,
     first,
     num_new,
@@ -47,7 +49,10 @@ def _store(
     BLOCK_W: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Copy new tokens ``first .. first + BLOCK_T`` of one KV head to their rows of the buffer."""
+    """Copy new tokens ``first .. first + BLOCK_T`` of one KV head to their rows of the buffer.
+
+    The rows are `step` apart.
+    """
     token = first + tl.arange(0, BLOCK_T)
     channel = tl.arange(0, BLOCK_W)
     inside = (channel < WIDTH)[None, :]
@@ -59,7 +64,7 @@ def _store(
     place = stored + token
     kept = (token < num_new) & (place < capacity)
     tl.store(
-        buffer_ptr + place.to(tl.int64)[:, None] * WIDTH + channel[None, :],
+        buffer_ptr + place.to(tl.int64)[:, None] * step + channel[None, :],
         rows,
         mask=kept[:, None] & inside,
     )
@@ -79,6 +84,8 @@ def _append_one(
     value_ptr,
     keys_ptr,
     values_ptr,
+    key_step,
+    value_step,
     planes_ptr,
     scale_ptr,
     centre_ptr,
@@ -126,8 +133,9 @@ def _append_one(
         key_ptr, source_ptr, has_centre, balance_ptr, rotation_ptr, 0, D, BLOCK_D, BLOCK_ONE
     )
     arrived = _arrive(counters_ptr)
-    tl.store(keys_ptr + token.to(tl.int64) * D + channel, row, mask=inside)
-    tl.store(values_ptr + token.to(tl.int64) * DV + value_channel, value, mask=value_channel < DV)
+    tl.store(keys_ptr + token.to(tl.int64) * key_step + channel, row, mask=inside)
+    place_ptr = values_ptr + token.to(tl.int64) * value_step
+    tl.store(place_ptr + value_channel, value, mask=value_channel < DV)
     tl.store(centre_ptr + group * D + channel, source, mask=inside)
     total = multiply_factors(key, centre, balance, matrix)
     for first in range(BLOCK_ONE, D, BLOCK_ONE):
@@ -156,6 +164,7 @@ def _append_one(
 @triton.jit
 def _quantize(
     keys_ptr,
+    key_step,
     planes_ptr,
     scale_ptr,
     third_ptr,
@@ -189,7 +198,7 @@ def _quantize(
         if REFINE > 0:
             codes_ptr, ratio_ptr = codes_of(codes_ptr, ratio_ptr, row, tiles, D, REFINE)
         quantize_rotated(
-            keys_ptr, planes_ptr, scale_ptr + row * tiles * TILE_SIZE, third_ptr,
+            keys_ptr, key_step, planes_ptr, scale_ptr + row * tiles * TILE_SIZE, third_ptr,
             balance_ptr + row * D, rotation_ptr, codes_ptr, ratio_ptr, tile, start, stop,
             D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
             REFINE, SQUARE_STEP, USUAL_RATIO, ONE_BY_ONE,
@@ -197,8 +206,9 @@ def _quantize(
     else:
         scale_ptr += row * tiles * (TILE_SIZE // GROUP * D)
         quantize_fier(
-            keys_ptr, planes_ptr, scale_ptr, third_ptr, tile, start, stop, D, BLOCK_D, GROUP
-        )
+            keys_ptr, key_step, planes_ptr, scale_ptr, third_ptr, tile, start, stop,
+            D, BLOCK_D, GROUP,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -233,6 +243,7 @@ def append_kernel(
     INDEX: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -262,16 +273,16 @@ def append_kernel(
     start = tl.load(counters_ptr + 1).to(tl.int32)
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
-    keys_ptr += row * capacity * D
-    values_ptr += row * capacity * DV
+    keys_ptr, key_step = rows_of(keys_ptr, row, tl.num_programs(1), capacity, D, PAIR)
+    values_ptr, value_step = rows_of(values_ptr, row, tl.num_programs(1), capacity, DV, PAIR)
     if INDEX == 0:
         first = part * BLOCK_T
         _store(
-            key_ptr, keys_ptr, key_stride_t, first, num_new, stored, capacity,
+            key_ptr, keys_ptr, key_step, key_stride_t, first, num_new, stored, capacity,
             D, BLOCK_D, BLOCK_T,
         )  # fmt: skip
         _store(
-            value_ptr, values_ptr, value_stride_t, first, num_new, stored, capacity,
+            value_ptr, values_ptr, value_step, value_stride_t, first, num_new, stored, capacity,
             DV, BLOCK_DV, BLOCK_T,
         )  # fmt: skip
         arrived = _arrive(counters_ptr)
@@ -288,7 +299,7 @@ def append_kernel(
         if REFINE > 0:
             codes_ptr, ratio_ptr = codes_of(codes_ptr, ratio_ptr, row, tiles, D, REFINE)
         arrived = _append_one(
-            key_ptr, value_ptr, keys_ptr, values_ptr,
+            key_ptr, value_ptr, keys_ptr, values_ptr, key_step, value_step,
             planes_ptr + row * tiles * (BITS * ROWS * D),
             scale_ptr + row * tiles * TILE_SIZE,
             third_ptr + row * tiles * (TILE_SIZE // GROUP * D),
@@ -300,11 +311,11 @@ def append_kernel(
         # Every program of a head stores all of its new tokens: each may quantise any of them.
         for first in range(0, num_new, BLOCK_T):
             _store(
-                key_ptr, keys_ptr, key_stride_t, first, num_new, stored, capacity,
+                key_ptr, keys_ptr, key_step, key_stride_t, first, num_new, stored, capacity,
                 D, BLOCK_D, BLOCK_T,
             )  # fmt: skip
             _store(
-                value_ptr, values_ptr, value_stride_t, first, num_new, stored, capacity,
+                value_ptr, values_ptr, value_step, value_stride_t, first, num_new, stored, capacity,
                 DV, BLOCK_DV, BLOCK_T,
             )  # fmt: skip
         tl.debug_barrier()
@@ -312,7 +323,7 @@ def append_kernel(
         first_tile = start // TILE_SIZE
         for tile in range(first_tile + part, tl.cdiv(stop, TILE_SIZE), tl.num_programs(0)):
             _quantize(
-                keys_ptr, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
+                keys_ptr, key_step, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
                 codes_ptr, ratio_ptr, row, tiles, tile, start, stop,
                 INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
                 REFINE, SQUARE_STEP, USUAL_RATIO, True,
@@ -341,6 +352,7 @@ def index_kernel(
     tiles,
     INDEX: tl.constexpr,
     D: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ONE: tl.constexpr,
@@ -354,8 +366,9 @@ def index_kernel(
 ):
     """Index tokens ``start .. stop`` of the stored keys, one program a tile and KV head."""
     row = tl.program_id(1).to(tl.int64)
+    keys_ptr, key_step = rows_of(keys_ptr, row, tl.num_programs(1), capacity, D, PAIR)
     _quantize(
-        keys_ptr + row * capacity * D, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
+        keys_ptr, key_step, planes_ptr, scale_ptr, third_ptr, balance_ptr, rotation_ptr,
         codes_ptr, ratio_ptr, row, tiles, start // TILE_SIZE + tl.program_id(0), start, stop,
         INDEX, D, BLOCK_D, BLOCK_K, BLOCK_ONE, BITS, GROUP, NORM, THRESHOLD,
         REFINE, SQUARE_STEP, USUAL_RATIO, False,
@@ -376,7 +389,7 @@ def append(
     Args:
         index: None stores only, as for a prompt or a dense layer.
         key, value: ``[B, H, T, D]`` and ``[B, H, T, Dv]``, last dimension contiguous.
-        keys, values: the buffers ``[B, H, C, D]`` and ``[B, H, C, Dv]``, contiguous.
+        keys, values: the buffers ``[B, H, C, D]`` and ``[B, H, C, Dv]``, contiguous or paired.
         state: the index's tensors; empty without one.
         counters: int64 ``[4]`` on the device: stored, indexed, calibrated, programs arrived.
     """
@@ -390,20 +403,26 @@ def append(
     grid = (parts, batch_size * num_heads, 1)
     tensors, tiles = state_arguments(index, state), state[0].shape[2] if state else 0
     is_early = isinstance(index, RotatedIndex) and can_start_early(key.device)
-    append_specialization(index, head_dim, value.shape[3], key.dtype, is_early).launch(
+    pair = pair_width(keys)
+    append_specialization(index, head_dim, value.shape[3], key.dtype, pair, is_early).launch(
         grid, key, value, keys, values, *tensors, counters, num_new, capacity, tiles, num_heads,
         *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
 
 
 def index_range(index: KeyIndex, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
-    """Index tokens ``start .. stop`` of the buffer ``keys [B, H, C, D]``: `KeyIndex.append`."""
+    """Index tokens ``start .. stop`` of the buffer ``keys [B, H, C, D]``: `KeyIndex.append`.
+
+    Keys that are neither contiguous nor of paired rows, as a model makes them, are copied.
+    """
     if start >= stop:
         return
     batch_size, num_heads, capacity, _ = keys.shape
+    if not is_laid_out(keys):
+        keys = keys.contiguous()
     first_tile = start // TOKENS_PER_TILE
     grid = (triton.cdiv(stop, TOKENS_PER_TILE) - first_tile, batch_size * num_heads, 1)
-    index_specialization(index, keys.dtype).launch(
+    index_specialization(index, keys.dtype, pair_width(keys)).launch(
         grid, keys, *state_arguments(index, state), start, stop, capacity, state[0].shape[2]
     )
 
@@ -438,12 +457,14 @@ def append_specialization(
     head_dim: int,
     value_head_dim: int,
     dtype: torch.dtype,
+    pair: int,
     is_early: bool,
 ) -> Specialization:
     """Of `append_kernel`."""
     constants = {
         **_common_constants(index, head_dim),
         "DV": value_head_dim,
+        "PAIR": pair,
         "BLOCK_DV": triton.next_power_of_2(value_head_dim),
         "BLOCK_T": _STORE_BLOCK if index is None else _INDEX_BLOCK,
         "IS_EARLY": is_early,
@@ -452,9 +473,9 @@ def append_specialization(
 
 
 @cache
-def index_specialization(index: KeyIndex, dtype: torch.dtype) -> Specialization:
+def index_specialization(index: KeyIndex, dtype: torch.dtype, pair: int) -> Specialization:
     """Of `index_kernel`."""
-    constants = _common_constants(index, index.head_dim)
+    constants = {**_common_constants(index, index.head_dim), "PAIR": pair}
     # With 4 warps two programs share a multiprocessor, and one works while the other waits.
     is_small = index.head_dim <= 128 and constants["BITS"] == 1 and not constants["REFINE"]
     num_warps = 4 if is_small else 8

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fierpatch.kernels.constants import LOG2_E
+from fierpatch.kernels.constants import LOG2_E, MISSING
 from fierpatch.kernels.early import await_previous, can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
+from fierpatch.kernels.layout import pair_width, rows_of
 from fierpatch.kernels.logits import Logits, cap
 
 _SLICE = 32  # channels of a float32 product that are added up one after the other
@@ -44,7 +45,7 @@ def products(query, keys, SLICES: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "stride_b", "stride_h", "stride_t", "visible_stride_b", "visible_stride_t",
-        "num_lists", "num_queries", "capacity", "width",
+        "num_lists", "num_queries", "capacity", "width", "hot_rows",
     ]
 )  # fmt: skip
 def gather_attention_kernel(
@@ -52,6 +53,8 @@ def gather_attention_kernel(
     keys_ptr,
     values_ptr,
     token_index_ptr,
+    place_ptr,
+    hot_ptr,
     visible_ptr,
     sink_ptr,
     counters_ptr,
@@ -69,11 +72,13 @@ def gather_attention_kernel(
     num_queries,
     capacity,
     width,
+    hot_rows,
     logit_scale,
     softcap,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DV: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -84,6 +89,7 @@ def gather_attention_kernel(
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_LIST: tl.constexpr,
+    HAS_HOT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
@@ -94,6 +100,9 @@ def gather_attention_kernel(
 
     Without a list, over one split of all tokens stored that the mask, or causality, allows. With
     one, it starts beside the kernel that writes the list.
+
+    With hot rows ``[lists, hot_rows, D + DV]`` a token is read where `place_ptr` says that it lies:
+    there, or if it is marked as missing among the paired rows, to be left there on the way.
 
     The softmax is online (Milakov and Gimelshein, arXiv 1805.02867). Its logits turn into units of
     log2 as differences to the largest, which are near 0 where the weight is not.
@@ -121,14 +130,18 @@ def gather_attention_kernel(
     if HAS_LIST:
         await_previous(IS_EARLY)
         token_index_ptr += row * width
+        if HAS_HOT:
+            place_ptr += row * width
+            hot_ptr += row * hot_rows * PAIR
     else:
         width = tl.minimum(tl.load(counters_ptr).to(tl.int32), capacity)
         if HAS_MASK:
             visible_ptr += b * visible_stride_b + t * visible_stride_t
         else:
             width -= (num_queries - 1 - t).to(tl.int32)
-    keys_ptr += kv_row * capacity * D
-    values_ptr += kv_row * capacity * DV
+    num_kv_rows = tl.num_programs(0) // num_queries // LISTS_PER_KV_HEAD
+    keys_ptr, key_step = rows_of(keys_ptr, kv_row, num_kv_rows, capacity, D, PAIR)
+    values_ptr, value_step = rows_of(values_ptr, kv_row, num_kv_rows, capacity, DV, PAIR)
     most = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     mixed = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
@@ -143,16 +156,35 @@ def gather_attention_kernel(
             is_used = place < width
             if HAS_MASK:
                 is_used = is_used & (tl.load(visible_ptr + place, mask=is_used, other=0) != 0)
+        key_ptr = keys_ptr + token * key_step
+        value_ptr = values_ptr + token * value_step
+        if HAS_HOT:
+            lies = tl.load(place_ptr + place, mask=is_used, other=0)
+            is_missing = is_used & (lies >= MISSING)
+            row_ptr = hot_ptr + (lies % MISSING).to(tl.int64) * PAIR
+            key_ptr = tl.where(is_missing, key_ptr, row_ptr)
+            value_ptr = tl.where(is_missing, value_ptr, row_ptr + D)
         keys = tl.load(
-            keys_ptr + token[:, None] * D + channel[None, :],
+            key_ptr[:, None] + channel[None, :],
             mask=is_used[:, None] & (channel < D)[None, :],
             other=0.0,
         )
         values = tl.load(
-            values_ptr + token[:, None] * DV + value_channel[None, :],
+            value_ptr[:, None] + value_channel[None, :],
             mask=is_used[:, None] & (value_channel < DV)[None, :],
             other=0.0,
         )
+        if HAS_HOT:
+            tl.store(
+                row_ptr[:, None] + channel[None, :],
+                keys,
+                mask=is_missing[:, None] & (channel < D)[None, :],
+            )
+            tl.store(
+                row_ptr[:, None] + D + value_channel[None, :],
+                values,
+                mask=is_missing[:, None] & (value_channel < DV)[None, :],
+            )
         logit = products(query, keys, SLICES, PRECISION) * logit_scale
         if HAS_CAP:
             logit = cap(logit, softcap)
@@ -237,16 +269,19 @@ def gather_attention(
     counters: Tensor | None = None,
     arrivals: Tensor | None = None,
     allocate: Callable[[int], Tensor] | None = None,
+    hot: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`fierpatch.reference.gather_attention` with heads and queries swapped.
 
     Args:
         query: ``[B, Hq, T, D]``, last dimension contiguous.
-        keys, values: ``[B, H, C, D]``, ``[B, H, C, Dv]``, contiguous.
+        keys, values: ``[B, H, C, D]``, ``[B, H, C, Dv]``, contiguous or paired.
         token_indices: int64 ``[B, H or Hq, T, K]``, contiguous; -1 marks an unused slot.
         counters: with them, the output is NaN if more tokens were stored than C.
         arrivals: int32 zeros, one a row of `token_indices` at least; left as they are found.
         allocate: gives room for so many float32 numbers; None is fresh memory.
+        hot: the rows ``[B, H or Hq, R, D + Dv]`` of a `fierpatch.hot_set.HotSet` and what `place`
+            says of the list; missing ones are fetched. For one query and paired rows.
 
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype.
@@ -255,7 +290,7 @@ def gather_attention(
     num_lists, width = token_indices.shape[1], token_indices.shape[3]
     splits = num_splits(batch_size * num_lists * num_queries, width)
     return _attend(
-        query, keys, values, token_indices, None, num_lists, width, splits,
+        query, keys, values, token_indices, hot, None, num_lists, width, splits,
         scale, softcap, sink_logits, counters, arrivals, allocate,
     )  # fmt: skip
 
@@ -286,7 +321,7 @@ def dense_attention(
     num_rows = query.shape[0] * num_kv_heads * query.shape[2]
     splits = num_dense_splits(num_rows, capacity)
     return _attend(
-        query, keys, values, None, visible, num_kv_heads, capacity, splits,
+        query, keys, values, None, None, visible, num_kv_heads, capacity, splits,
         scale, softcap, sink_logits, counters, arrivals, allocate,
     )  # fmt: skip
 
@@ -296,6 +331,7 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     token_indices: Tensor | None,
+    hot: tuple[Tensor, Tensor] | None,
     visible: Tensor | None,
     num_lists: int,
     width: int,
@@ -327,17 +363,19 @@ def _attend(
     most, total = room[outputs_size:], room[outputs_size + sums_size :]
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
     logits = Logits(scale, softcap)
+    hot_rows, place = hot or (None, None)
     attend_specialization(
-        head_dim, value_head_dim, heads, num_lists // num_kv_heads, splits, query.dtype,
-        logits.has_cap, None if sink_logits is None else sink_logits.dtype, counters is not None,
-        token_indices is not None, visible is not None,
+        head_dim, value_head_dim, pair_width(keys), heads, num_lists // num_kv_heads, splits,
+        query.dtype, logits.has_cap, None if sink_logits is None else sink_logits.dtype,
+        counters is not None,
+        token_indices is not None, hot is not None, visible is not None,
         token_indices is not None and can_start_early(query.device),
     ).launch(
         (num_rows, splits, 1),
-        query, keys, values, token_indices, visible, sink_logits, counters,
+        query, keys, values, token_indices, place, hot_rows, visible, sink_logits, counters,
         room, most, total, arrivals, output,
         *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
-        logits.factor, softcap,
+        0 if hot_rows is None else hot_rows.shape[2], logits.factor, softcap,
     )  # fmt: skip
     return output
 
@@ -360,6 +398,7 @@ def product_constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
 def attend_specialization(
     head_dim: int,
     value_head_dim: int,
+    pair: int,
     heads: int,
     lists_per_kv_head: int,
     splits: int,
@@ -368,6 +407,7 @@ def attend_specialization(
     sink_dtype: torch.dtype | None,
     has_counters: bool,
     has_list: bool,
+    has_hot: bool,
     has_mask: bool,
     is_early: bool,
 ) -> Specialization:
@@ -377,6 +417,7 @@ def attend_specialization(
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "DV": value_head_dim,
+        "PAIR": pair,
         "BLOCK_DV": triton.next_power_of_2(value_head_dim),
         "HEADS": heads,
         "BLOCK_H": max(16, triton.next_power_of_2(heads)),
@@ -386,6 +427,7 @@ def attend_specialization(
         "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
         **product_constants(head_dim, dtype),
         "HAS_LIST": has_list,
+        "HAS_HOT": has_hot,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
         "HAS_SINK": sink_dtype is not None,

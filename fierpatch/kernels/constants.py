@@ -6,6 +6,7 @@ import math
 
 import triton.language as tl
 
+from fierpatch import hot_set
 from fierpatch.index import base, packing, refinement
 
 TILE_SIZE = tl.constexpr(packing.TILE_SIZE)
@@ -17,3 +18,6 @@ MANTISSA_BITS = tl.constexpr(8)  # of such a key, its lowest
 MANTISSAS = tl.constexpr(1 << MANTISSA_BITS.value)
 HALF = tl.constexpr(refinement.HALF)
 LOG2_E = tl.constexpr(math.log2(math.e))
+EMPTY = tl.constexpr(hot_set.EMPTY)
+MISSING = tl.constexpr(hot_set.MISSING)
+OLDEST = tl.constexpr(hot_set.OLDEST)

@@ -2,7 +2,8 @@
 
 Each function of this file does for one tile of one KV head what ``append`` of the index of the same
 name does, and leaves the same state, bit for bit: sums that decide a bit are taken in float64,
-where they are exact in any order. Pointers are those of the KV head.
+where they are exact in any order. Pointers are those of the KV head; `key_step` is from a token's
+key to the next one's.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ def to_half(x):
 
 
 @triton.jit
-def load_keys(keys_ptr, token, channel, first, stop, D: tl.constexpr):
+def load_keys(keys_ptr, key_step, token, channel, first, stop, D: tl.constexpr):
     """Keys ``[tokens, channels]`` as `finite` float32; 0 outside ``first .. stop``."""
     valid = (token >= first) & (token < stop)
     mask = valid[:, None] & (channel < D)[None, :]
-    return finite(tl.load(keys_ptr + token[:, None] * D + channel[None, :], mask=mask, other=0.0))
+    rows = keys_ptr + token[:, None] * key_step
+    return finite(tl.load(rows + channel[None, :], mask=mask, other=0.0))
 
 
 @triton.jit
@@ -50,14 +52,16 @@ def merge_words(words_ptr, words, written, channel, D: tl.constexpr):
 
 
 @triton.jit
-def group_mean(keys_ptr, group, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+def group_mean(
+    keys_ptr, key_step, group, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """The mean of a whole group as float16 ``[BLOCK_D]``."""
     channel = tl.arange(0, BLOCK_D)
     row = tl.arange(0, ROWS)
     total = tl.zeros([BLOCK_D], tl.float64)
     first = group * GROUP
     for start in range(first, first + GROUP, ROWS):
-        x = load_keys(keys_ptr, start + row, channel, first, first + GROUP, D)
+        x = load_keys(keys_ptr, key_step, start + row, channel, first, first + GROUP, D)
         total += tl.sum(x.to(tl.float64), axis=0)
     return to_half((total / GROUP).to(tl.float32))
 
@@ -65,6 +69,7 @@ def group_mean(keys_ptr, group, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: t
 @triton.jit
 def rotate_keys(
     keys_ptr,
+    key_step,
     centre_ptr,
     has_centre,
     balance_ptr,
@@ -92,7 +97,7 @@ def rotate_keys(
         total = tl.dot(x, matrix, total, out_dtype=tl.float64)
         cs = c + channel
         inside = cs < D
-        keys = load_keys(keys_ptr, token, cs, first, stop, D)
+        keys = load_keys(keys_ptr, key_step, token, cs, first, stop, D)
         centre = tl.load(centre_ptr + cs, mask=inside & has_centre, other=0.0).to(tl.float32)
         balance = tl.load(balance_ptr + cs, mask=inside, other=0.0)
         x = ((keys - centre[None, :]) * balance[None, :]).to(tl.float64)
@@ -235,6 +240,7 @@ def store_codes(
 @triton.jit
 def quantize_rotated(
     keys_ptr,
+    key_step,
     planes_ptr,
     scale_ptr,
     centre_ptr,
@@ -277,7 +283,7 @@ def quantize_rotated(
         if is_sealed or opening > start:
             # Where the group before was sealed in this launch, it may be another program's.
             own = tl.where(is_sealed, group, group - 1)
-            centre = group_mean(keys_ptr, own, D, GROUP, BLOCK_D)
+            centre = group_mean(keys_ptr, key_step, own, D, GROUP, BLOCK_D)
             source_ptr = centre_ptr + group * D
             has_centre = True
         else:
@@ -290,7 +296,7 @@ def quantize_rotated(
                 tl.debug_barrier()
             for token in range(first, last):
                 x = rotate_key(
-                    keys_ptr + token * D, source_ptr, has_centre, balance_ptr, rotation_ptr,
+                    keys_ptr + token * key_step, source_ptr, has_centre, balance_ptr, rotation_ptr,
                     D, BLOCK_D, BLOCK_ONE, NORM,
                 )  # fmt: skip
                 high, low, scale = encode(x[None, :], D, BITS, THRESHOLD)
@@ -314,8 +320,8 @@ def quantize_rotated(
             tl.debug_barrier()
             for start_of_plane in range(first // ROWS * ROWS, last, ROWS):
                 x = rotate_keys(
-                    keys_ptr, source_ptr, has_centre, balance_ptr, rotation_ptr, start_of_plane,
-                    first, last, D, BLOCK_D, BLOCK_K, NORM,
+                    keys_ptr, key_step, source_ptr, has_centre, balance_ptr, rotation_ptr,
+                    start_of_plane, first, last, D, BLOCK_D, BLOCK_K, NORM,
                 )  # fmt: skip
                 high, low, scale = encode(x, D, BITS, THRESHOLD)
                 plane = (start_of_plane - tile * TILE_SIZE) // ROWS
@@ -342,6 +348,7 @@ def quantize_rotated(
 @triton.jit
 def quantize_fier(
     keys_ptr,
+    key_step,
     planes_ptr,
     scale_ptr,
     zero_ptr,
@@ -366,7 +373,7 @@ def quantize_fier(
         most = tl.full([BLOCK_D], -FLOAT16_MAX, tl.float32)
         for start_of_plane in range(opening, last, ROWS):
             token = start_of_plane + row
-            x = load_keys(keys_ptr, token, channel, opening, last, D)
+            x = load_keys(keys_ptr, key_step, token, channel, opening, last, D)
             valid = (token < last)[:, None]
             least = tl.minimum(least, tl.min(tl.where(valid, x, FLOAT16_MAX), axis=0))
             most = tl.maximum(most, tl.max(tl.where(valid, x, -FLOAT16_MAX), axis=0))
@@ -375,7 +382,7 @@ def quantize_fier(
         tl.store(scale_ptr + group * D + channel, to_half((most - least) / 2), mask=inside)
         for start_of_plane in range(opening, last, ROWS):
             token = start_of_plane + row
-            x = load_keys(keys_ptr, token, channel, opening, last, D)
+            x = load_keys(keys_ptr, key_step, token, channel, opening, last, D)
             plane = (start_of_plane - tile * TILE_SIZE) // ROWS
             marks = tl.where(token < last, 1 << plane, 0)
             written |= marks

@@ -8,18 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
-from fierpatch.kernels import attention, retrieve
+from fierpatch.kernels import attention, residency, retrieve
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
-from fierpatch.ops.library import attend_fake, named_index, retrieve_fake
+from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
+from fierpatch.rows import split
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 _INDEX = "str index, int bits, int group_size, int seed, int refine_bits"
 _LIBRARY.define(
-    "triton_append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, "
-    f"Tensor(c!)[] state, Tensor(d!) counters, bool is_prompt, {_INDEX}) -> ()",
+    "triton_append(Tensor key, Tensor value, Tensor(a!)[] rows, "
+    f"Tensor(b!)[] state, Tensor(c!) counters, bool is_prompt, {_INDEX}) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -29,13 +31,19 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_attend(Tensor query, Tensor keys, Tensor values, Tensor token_indices, "
+    "triton_attend(Tensor query, Tensor[] rows, Tensor token_indices, "
     "Tensor counters, Tensor(a!) arrivals, Tensor? sink_logits, float scale, float softcap) "
     "-> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_attend_all(Tensor query, Tensor keys, Tensor values, Tensor counters, "
+    "triton_attend_hot(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor token_indices, "
+    "Tensor counters, Tensor(b!) arrivals, Tensor? sink_logits, float scale, float softcap) "
+    "-> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "triton_attend_all(Tensor query, Tensor[] rows, Tensor counters, "
     "Tensor(a!) arrivals, Tensor? visible, Tensor? sink_logits, float scale, float softcap) "
     "-> Tensor",
     tags=_TAGS,
@@ -45,8 +53,7 @@ _LIBRARY.define(
 def _append(
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    rows: list[Tensor],
     state: list[Tensor],
     counters: Tensor,
     is_prompt: bool,
@@ -59,8 +66,8 @@ def _append(
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
     key_index = None
     if state and not is_prompt:
-        key_index = named_index(index, bits, group_size, seed, refine_bits, keys.shape[3])
-    appending.append(key_index, key, value, keys, values, state, counters)
+        key_index = named_index(index, bits, group_size, seed, refine_bits, key.shape[3])
+    appending.append(key_index, key, value, *split(rows, key.shape[3]), state, counters)
 
 
 def _retrieve(
@@ -96,8 +103,7 @@ def _retrieve(
 
 def _attend(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    rows: list[Tensor],
     token_indices: Tensor,
     counters: Tensor,
     arrivals: Tensor,
@@ -107,15 +113,34 @@ def _attend(
 ) -> Tensor:
     """Output ``[B, T, Hq, Dv]``, heads and queries swapped as attention functions return it."""
     return attention.gather_attention(
-        query, keys, values, token_indices, scale=scale, softcap=softcap,
+        query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,
         sink_logits=sink_logits, counters=counters, arrivals=arrivals,
+    )  # fmt: skip
+
+
+def _attend_hot(
+    query: Tensor,
+    paired: Tensor,
+    hot: list[Tensor],
+    token_indices: Tensor,
+    counters: Tensor,
+    arrivals: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """As `_attend` for one query, by way of a hot set that it updates."""
+    hot_set = HotSet(*hot)
+    places = residency.place(hot_set, token_indices)
+    return attention.gather_attention(
+        query, *split([paired], query.shape[3]), token_indices, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, counters=counters, arrivals=arrivals, hot=(hot_set.rows, places),
     )  # fmt: skip
 
 
 def _attend_all(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    rows: list[Tensor],
     counters: Tensor,
     arrivals: Tensor,
     visible: Tensor | None,
@@ -125,7 +150,7 @@ def _attend_all(
 ) -> Tensor:
     """Output ``[B, T, Hq, Dv]`` of attention over all tokens stored."""
     return attention.dense_attention(
-        query, keys, values, counters, visible, scale=scale, softcap=softcap,
+        query, *split(rows, query.shape[3]), counters, visible, scale=scale, softcap=softcap,
         sink_logits=sink_logits, arrivals=arrivals,
     )  # fmt: skip
 
@@ -133,8 +158,10 @@ def _attend_all(
 _LIBRARY.impl("triton_append", _append, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_attend_hot", _attend_hot, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_attend_hot", attend_hot_fake, lib=_LIBRARY)

@@ -10,14 +10,16 @@ from torch import Tensor
 import fierpatch.ops.kernel_library  # noqa: F401  (registers torch.ops.fierpatch)
 from fierpatch.config import FierConfig
 from fierpatch.errors import BackendError
+from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex
 from fierpatch.kernels import append as appending
-from fierpatch.kernels import attention, retrieve
+from fierpatch.kernels import attention, residency, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibrate_prompt
 from fierpatch.ops.operators import index_arguments, layer_index
+from fierpatch.rows import split
 
 _MOST_GROUPS = 128  # query heads a KV head, for lists of their own
 
@@ -99,8 +101,7 @@ class KernelOperators:
         self,
         key: Tensor,
         value: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         is_prompt: bool,
@@ -108,11 +109,11 @@ class KernelOperators:
         """See `Operators`."""
         if torch.compiler.is_compiling():
             torch.ops.fierpatch.triton_append.default(
-                key, value, keys, values, state, counters, is_prompt, *index_arguments(self.config)
+                key, value, rows, state, counters, is_prompt, *index_arguments(self.config)
             )
             return
         index = self.index if state and not is_prompt else None
-        appending.append(index, key, value, keys, values, state, counters)
+        appending.append(index, key, value, *split(rows, key.shape[3]), state, counters)
 
     def index_prompt(
         self,
@@ -144,28 +145,31 @@ class KernelOperators:
     def attend(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         visible: Tensor | None,
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
+        hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
         config = self.config
-        candidate_keys = keys if config.refines_by_keys else None
+        candidate_keys = rows[0] if config.refines_by_keys else None
         if torch.compiler.is_compiling():
             token_indices = torch.ops.fierpatch.triton_retrieve.default(
                 query, state, counters, visible, sink_logits,
                 *index_arguments(self.config), config.budget, config.sinks, config.recent,
                 config.per_query_head, scale, softcap, config.refine, candidate_keys,
             )  # fmt: skip
-            output = torch.ops.fierpatch.triton_attend.default(
-                query, keys, values, token_indices, counters, self.arrivals, sink_logits,
-                scale, softcap,
-            )  # fmt: skip
+            rest = (token_indices, counters, self.arrivals, sink_logits, scale, softcap)
+            if hot is None:
+                output = torch.ops.fierpatch.triton_attend.default(query, rows, *rest)
+            else:
+                output = torch.ops.fierpatch.triton_attend_hot.default(
+                    query, rows[0], hot.tensors, *rest
+                )
             return output, token_indices
         shape = self._shape_of(query, state[0])
         scratch = self.workspace.scratch_of(shape, query.device)
@@ -174,18 +178,18 @@ class KernelOperators:
             sinks=config.sinks, recent=config.recent, sink_logits=sink_logits,
             keys=candidate_keys,
         )  # fmt: skip
+        placed = None if hot is None else (hot.rows, residency.place(hot, token_indices))
         output = attention.gather_attention(
-            query, keys, values, token_indices, scale=scale, softcap=softcap,
+            query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
-            allocate=self._allocate,
+            allocate=self._allocate, hot=placed,
         )  # fmt: skip
         return output, token_indices
 
     def attend_all(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         counters: Tensor,
         visible: Tensor | None,
         sink_logits: Tensor | None,
@@ -195,11 +199,11 @@ class KernelOperators:
         """See `Operators`."""
         if torch.compiler.is_compiling():
             output: Tensor = torch.ops.fierpatch.triton_attend_all.default(
-                query, keys, values, counters, self.arrivals, visible, sink_logits, scale, softcap
+                query, rows, counters, self.arrivals, visible, sink_logits, scale, softcap
             )
             return output
         return attention.dense_attention(
-            query, keys, values, counters, visible, scale=scale, softcap=softcap,
+            query, *split(rows, query.shape[3]), counters, visible, scale=scale, softcap=softcap,
             sink_logits=sink_logits, arrivals=self.arrivals,
             allocate=self._allocate,
         )  # fmt: skip

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fierpatch import reference
 from fierpatch.errors import CapacityError
+from fierpatch.hot_set import HotSet, fetch, place
 from fierpatch.index import KeyIndex, make_index
 from fierpatch.index.packing import TILE_SIZE
 from fierpatch.reference import fold_groups, gather_attention
+from fierpatch.rows import split
 
 _MAX_CALIBRATION_QUERIES = 256
 _CALIBRATION_WINDOW = 4096  # newest queries, which left padding reaches last
@@ -26,8 +28,8 @@ _LIBRARY = torch.library.Library("fierpatch", "DEF")
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
 _INDEX = "str index, int bits, int group_size, int seed, int refine_bits"
 _LIBRARY.define(
-    "append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)[] state, "
-    f"Tensor(d!) counters, bool is_prompt, {_INDEX}) -> ()",
+    "append(Tensor key, Tensor value, Tensor(a!)[] rows, Tensor(b!)[] state, "
+    f"Tensor(c!) counters, bool is_prompt, {_INDEX}) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -42,7 +44,12 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "attend(Tensor query, Tensor keys, Tensor values, Tensor token_indices, "
+    "attend(Tensor query, Tensor[] rows, Tensor token_indices, "
+    "Tensor? sink_logits, float scale, float softcap) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "attend_hot(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor token_indices, "
     "Tensor? sink_logits, float scale, float softcap) -> Tensor",
     tags=_TAGS,
 )
@@ -51,8 +58,7 @@ _LIBRARY.define(
 def _append(
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    rows: list[Tensor],
     state: list[Tensor],
     counters: Tensor,
     is_prompt: bool,
@@ -63,6 +69,7 @@ def _append(
     refine_bits: int,
 ) -> None:
     """Store new tokens and, unless they are a prompt's, index all that is not indexed yet."""
+    keys, values = split(rows, key.shape[3])
     stored, indexed, calibrated = counters.tolist()[:3]
     check_capacity(stored, key.shape[2], keys.shape[2])
     stop = stored + key.shape[2]
@@ -168,8 +175,7 @@ def retrieve_fake(
 
 def _attend(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    rows: list[Tensor],
     token_indices: Tensor,
     sink_logits: Tensor | None,
     scale: float,
@@ -178,8 +184,7 @@ def _attend(
     """Output ``[B, T, Hq, Dv]``, heads and queries swapped as attention functions return it."""
     output = gather_attention(
         query,
-        keys,
-        values,
+        *split(rows, query.shape[3]),
         token_indices,
         scale=scale,
         softcap=softcap,
@@ -188,10 +193,35 @@ def _attend(
     return output.transpose(1, 2).contiguous()
 
 
-def attend_fake(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+def _attend_hot(
+    query: Tensor,
+    paired: Tensor,
+    hot: list[Tensor],
+    token_indices: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """As `_attend` for one query, by way of a hot set that it updates."""
+    hot_set = HotSet(*hot)
+    rows = fetch(hot_set, place(hot_set, token_indices), token_indices, paired)
+    keys, values = hot_set.rows.tensor_split((query.shape[3],), dim=3)
+    output = gather_attention(
+        query, keys, values, rows, scale=scale, softcap=softcap, sink_logits=sink_logits
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def attend_fake(query: Tensor, rows: list[Tensor], *rest: Any) -> Tensor:
     """What attention returns, ``[B, T, Hq, Dv]``, without the numbers."""
-    batch_size, num_query_heads, num_queries, _ = query.shape
+    batch_size, num_query_heads, num_queries, head_dim = query.shape
+    values = split(rows, head_dim)[1]
     return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
+
+
+def attend_hot_fake(query: Tensor, paired: Tensor, *rest: Any) -> Tensor:
+    """What attention by way of a hot set returns, without the numbers."""
+    return attend_fake(query, [paired])
 
 
 def calibrate_prompt(
@@ -236,10 +266,12 @@ _LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
 _LIBRARY.impl("index_prompt", _index_prompt, "CompositeExplicitAutograd")
 _LIBRARY.impl("retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend_hot", _attend_hot, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::index_prompt", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::attend", attend_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::attend_hot", attend_hot_fake, lib=_LIBRARY)
 
 
 def named_index(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fierpatch.config import FierConfig
 from fierpatch.errors import BackendError, MissingDependencyError
+from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex
 from fierpatch.ops.library import named_index  # and registers torch.ops.fierpatch
 
@@ -21,8 +22,9 @@ _MAX_HEAD_DIM = 256
 class Operators(Protocol):
     """What a layer's cache does with its tensors.
 
-    The state is the index's; counters are int64 ``[4]``: tokens stored, tokens indexed, tokens at
-    the last calibration, and one that kernels use.
+    Rows are keys ``[B, H, C, D]`` and values ``[B, H, C, Dv]``, or paired rows alone, see
+    `fierpatch.rows`. The state is the index's; counters are int64 ``[4]``: tokens stored, tokens
+    indexed, tokens at the last calibration, and one that kernels use.
     """
 
     @property
@@ -40,8 +42,7 @@ class Operators(Protocol):
         self,
         key: Tensor,
         value: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         is_prompt: bool,
@@ -71,22 +72,25 @@ class Operators(Protocol):
     def attend(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         visible: Tensor | None,
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
+        hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Retrieval attention: ``[B, T, Hq, Dv]`` and the token indices."""
+        """Retrieval attention: ``[B, T, Hq, Dv]`` and the token indices.
+
+        Args:
+            hot: of an offloaded layer, for one query; what is missing there is fetched.
+        """
 
     def attend_all(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         counters: Tensor,
         visible: Tensor | None,
         sink_logits: Tensor | None,
@@ -115,15 +119,14 @@ class ReferenceOperators:
         self,
         key: Tensor,
         value: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         is_prompt: bool,
     ) -> None:
         """See `Operators`."""
         torch.ops.fierpatch.append.default(
-            key, value, keys, values, state, counters, is_prompt, *index_arguments(self.config)
+            key, value, rows, state, counters, is_prompt, *index_arguments(self.config)
         )
 
     def index_prompt(
@@ -147,32 +150,36 @@ class ReferenceOperators:
     def attend(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         visible: Tensor | None,
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
+        hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
         config = self.config
         token_indices = torch.ops.fierpatch.retrieve.default(
             query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
             config.sinks, config.recent, config.per_query_head, scale, softcap,
-            config.refine, keys if config.refines_by_keys else None,
+            config.refine, rows[0] if config.refines_by_keys else None,
         )  # fmt: skip
-        output = torch.ops.fierpatch.attend.default(
-            query, keys, values, token_indices, sink_logits, scale, softcap
-        )
+        if hot is None:
+            output = torch.ops.fierpatch.attend.default(
+                query, rows, token_indices, sink_logits, scale, softcap
+            )
+        else:
+            output = torch.ops.fierpatch.attend_hot.default(
+                query, rows[0], hot.tensors, token_indices, sink_logits, scale, softcap
+            )
         return output, token_indices
 
     def attend_all(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        rows: list[Tensor],
         counters: Tensor,
         visible: Tensor | None,
         sink_logits: Tensor | None,

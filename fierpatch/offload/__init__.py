@@ -1,0 +1,8 @@
+"""Where the keys and values of a layer live: on the device, or on the host with a hot set."""
+
+from __future__ import annotations
+
+from fierpatch.offload.stores import DeviceStore, HostStore, Store
+from fierpatch.offload.transfer import Transfer
+
+__all__ = ["DeviceStore", "HostStore", "Store", "Transfer"]

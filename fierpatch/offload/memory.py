@@ -1,0 +1,176 @@
+"""Memory of the host that grows in place and that a CUDA device reads and writes by itself."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fierpatch.errors import HostMemoryError
+
+_MOST_AT_ONCE = 32 << 30  # bytes in one registration; CUDA refuses very large ones
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; Python 3.13 names it
+_PORTABLE = 1  # cudaHostRegisterPortable: for the contexts of all devices
+_PAGE = 2 << 20  # bytes of a huge page, in which memory is handed out faster
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class HostMemory:
+    """Zeros in one range of addresses, of which a part can be used; the part grows.
+
+    For a CUDA device that part is pinned: registered with the driver, so that kernels and copy
+    engines reach it at the same addresses. On a CPU it is ordinary memory. It is given back when
+    the last tensor of it is gone.
+
+    Args:
+        reserved: bytes of addresses, which cost nothing until they are used.
+        device: the device that works on it.
+
+    Raises:
+        HostMemoryError: the system does not give so many addresses.
+    """
+
+    def __init__(self, reserved: int, device: torch.device) -> None:
+        self.device = device
+        self.reserved = _round_up(max(reserved, 1))
+        self.nbytes = 0
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+        try:
+            self._map = mmap.mmap(-1, self.reserved, flags=flags)
+        except OSError as error:
+            raise HostMemoryError(
+                f"the system refuses {self.reserved} bytes of addresses for keys and values on the "
+                f"host ({error}): lower the model's max_position_embeddings, raise the limit on "
+                "virtual memory (ulimit -v), or leave offload=False"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # without huge pages there are small ones
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._pinned: list[int] = []
+        weakref.finalize(self, _unpin, self._pinned, device).atexit = False
+
+    def grow(self, nbytes: int) -> None:
+        """Make the first `nbytes` usable.
+
+        Raises:
+            HostMemoryError: there is not so much free memory, or it cannot be pinned; nothing has
+                changed.
+        """
+        wanted = min(_round_up(nbytes), self.reserved)
+        if nbytes > self.reserved:
+            raise HostMemoryError(
+                f"{nbytes} bytes of keys and values are more than the {self.reserved} that were "
+                "reserved: start with a new cache of a larger max_cache_len"
+            )
+        if wanted <= self.nbytes:
+            return
+        more, free = wanted - self.nbytes, available()
+        if free is not None and more > free:
+            raise HostMemoryError(
+                f"keys and values need {more} more bytes of host memory and {free} are free: "
+                "shorten the context, lower the batch size, or leave offload=False"
+            )
+        if self.device.type == "cuda":
+            self._pin(self.nbytes, wanted)
+        self.nbytes = wanted
+
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The first bytes as a tensor on the CPU."""
+        return self._bytes[: _size(shape, dtype)].view(dtype).view(shape)
+
+    def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The same as a tensor of the device, whose kernels then read and write the host."""
+        if self.device.type != "cuda":
+            return self.host(shape, dtype)
+        found = torch.as_tensor(_CudaBytes(self, _size(shape, dtype)), device=self.device)
+        assert found.data_ptr() == self._bytes.data_ptr(), "a copy, not the memory itself"
+        return found.view(dtype).view(shape)
+
+    def _pin(self, start: int, stop: int) -> None:
+        done: list[int] = []
+        with torch.cuda.device(self.device):
+            for first in range(start, stop, _MOST_AT_ONCE):
+                address = self._bytes.data_ptr() + first
+                size = min(stop - first, _MOST_AT_ONCE)
+                status = int(_cudart().cudaHostRegister(address, size, _PORTABLE))
+                if status:
+                    _unpin(done, self.device)
+                    raise HostMemoryError(
+                        f"CUDA does not pin {size} bytes of host memory (cudaError {status}): "
+                        "raise the limit on locked memory (ulimit -l), free memory, or leave "
+                        "offload=False"
+                    )
+                done.append(address)
+        self._pinned += done
+
+
+class _CudaBytes:
+    """Pinned memory as PyTorch takes memory of a CUDA device that it does not own."""
+
+    def __init__(self, memory: HostMemory, nbytes: int) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (memory._bytes.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def available() -> int | None:
+    """Bytes of memory that this process may still take, by the system and its control group."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        return None
+    for limit_path, usage_path in _CGROUPS:
+        try:
+            limit, usage = Path(limit_path).read_text(), Path(usage_path).read_text()
+            found.append(int(limit) - int(usage) + _page_cache(Path(usage_path).parent))
+        except (OSError, ValueError):
+            continue  # no such control group, or one without a limit
+    return max(min(found), 0) if found else None
+
+
+def _page_cache(group: Path) -> int:
+    """Bytes of files in memory that the system would give up first."""
+    for line in (group / "memory.stat").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == "inactive_file":
+            return int(value)
+    return 0
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
+def _unpin(addresses: list[int], device: torch.device) -> None:
+    """Nothing that the device has been asked for may still read or write there."""
+    if not addresses:
+        return
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        for address in addresses:
+            _cudart().cudaHostUnregister(address)
+    addresses.clear()

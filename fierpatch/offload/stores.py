@@ -1,0 +1,212 @@
+"""Stores: the keys and values of one layer, on the device or on the host."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fierpatch.offload.memory import HostMemory
+from fierpatch.offload.transfer import Transfer
+from fierpatch.rows import pair, split
+
+_MOST_TOKENS = 1 << 20  # that addresses are reserved for, where the model sets no limit
+_CHUNK = 64 << 20  # bytes of rows that are on the device at once while their order changes
+
+
+class Store(Protocol):
+    """What a layer's cache asks of the place where its keys and values are."""
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Keys and values, or paired rows alone, as operators take them: see `fierpatch.rows`."""
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, H, C, D]`` as a tensor of the device, wherever its memory is."""
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, H, C, Dv]``, likewise."""
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes held on the device."""
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes held on the host."""
+
+    def grow(self, capacity: int) -> None:
+        """Make room for so many tokens, more than before."""
+
+    def take(self, rows: Tensor, num_tokens: int) -> None:
+        """Make row i of the batch a copy of row ``rows[i]``, in place where there are as many."""
+
+    def clear(self) -> None:
+        """Let no row that is there now reach a later result."""
+
+
+class DeviceStore:
+    """Keys and values in a buffer each, beside the model.
+
+    Args:
+        key: ``[B, H, T, D]``, gives shape, dtype and device.
+        value: ``[B, H, T, Dv]``.
+        capacity: tokens to make room for.
+    """
+
+    host_nbytes = 0
+
+    def __init__(self, key: Tensor, value: Tensor, capacity: int) -> None:
+        self.rows = [
+            like.new_zeros((*like.shape[:2], capacity, like.shape[3])) for like in (key, value)
+        ]
+
+    @property
+    def keys(self) -> Tensor:
+        """See `Store`."""
+        return self.rows[0]
+
+    @property
+    def values(self) -> Tensor:
+        """See `Store`."""
+        return self.rows[1]
+
+    @property
+    def device_nbytes(self) -> int:
+        """See `Store`."""
+        return sum(tensor.nbytes for tensor in self.rows)
+
+    def grow(self, capacity: int) -> None:
+        """See `Store`."""
+        # One after the other, so that the old one's memory is free when the next is made.
+        for place in range(len(self.rows)):
+            self.rows[place] = _grown(self.rows[place], capacity)
+
+    def take(self, rows: Tensor, num_tokens: int) -> None:
+        """See `Store`."""
+        for place, tensor in enumerate(self.rows):
+            taken = tensor.index_select(0, rows)
+            self.rows[place] = tensor.copy_(taken) if len(rows) == len(tensor) else taken
+
+    def clear(self) -> None:
+        """See `Store`."""
+        # Stale rows are masked, but a NaN among them would pass a weight of 0.
+        for tensor in self.rows:
+            tensor.zero_()
+
+
+class HostStore:
+    """Paired rows in memory of the host, which the device reads and writes where they are.
+
+    Args:
+        key: ``[B, H, T, D]``, gives shape, dtype and device.
+        value: ``[B, H, T, Dv]``.
+        capacity: tokens to make room for.
+        most_tokens: tokens that there will ever be; None means no limit.
+        transfer: copies prompts, for all layers of a cache.
+
+    Raises:
+        HostMemoryError: the host has too little memory, or does not pin it.
+    """
+
+    device_nbytes = 0
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        capacity: int,
+        most_tokens: int | None,
+        transfer: Transfer,
+    ) -> None:
+        self._head_dim = key.shape[3]
+        self._dtype, self._device = key.dtype, key.device
+        self._most_tokens = max(most_tokens or _MOST_TOKENS, capacity)
+        self._transfer = transfer
+        self._allocate(key.shape[0], key.shape[1], key.shape[3] + value.shape[3], capacity)
+
+    @property
+    def paired(self) -> Tensor:
+        """``[C, B, H, D + Dv]`` as a tensor of the device."""
+        return self.rows[0]
+
+    @property
+    def keys(self) -> Tensor:
+        """See `Store`."""
+        return split(self.rows, self._head_dim)[0]
+
+    @property
+    def values(self) -> Tensor:
+        """See `Store`."""
+        return split(self.rows, self._head_dim)[1]
+
+    @property
+    def host_nbytes(self) -> int:
+        """See `Store`."""
+        return self.paired.nbytes
+
+    def grow(self, capacity: int) -> None:
+        """See `Store`."""
+        self._view((capacity, *self.paired.shape[1:]))
+
+    def take(self, rows: Tensor, num_tokens: int) -> None:
+        """See `Store`."""
+        self._transfer.join()
+        old = self.paired
+        capacity, batch_size, num_heads, width = old.shape
+        if len(rows) != batch_size:
+            self._allocate(len(rows), num_heads, width, capacity)
+        chunk = max(_CHUNK // max(old[:1].nbytes, 1), 1)
+        for start in range(0, num_tokens, chunk):
+            stop = min(start + chunk, num_tokens)
+            self.paired[start:stop] = old[start:stop].index_select(1, rows)
+
+    def clear(self) -> None:
+        """See `Store`."""
+        # A prompt replaces what it stores, and nothing reads past what is stored.
+
+    def send(self, key: Tensor, value: Tensor, start: int) -> None:
+        """Store a prompt from token `start` on, beside the computation."""
+        target = self._host[start : start + key.shape[2]]
+        self._transfer.send(pair(key, value), target)
+
+    def join(self) -> None:
+        """Let the computation wait until all prompts sent are stored."""
+        self._transfer.join()
+
+    def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The first `start` tokens and new ones behind them, all on the device."""
+        self._transfer.join()
+        stop = start + key.shape[2]
+        paired = self.paired.new_empty((stop, *self.paired.shape[1:]))
+        paired[:start].copy_(self._host[:start], non_blocking=True)
+        keys, values = split([paired], self._head_dim)
+        keys[:, :, start:], values[:, :, start:] = key, value
+        return keys, values
+
+    def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of all rows on the device, 0 from the counter on; for a step that is compiled."""
+        token = torch.arange(self.paired.shape[0], device=self.paired.device)
+        is_stale = (token >= num_tokens)[:, None, None, None]
+        return split([self.paired.masked_fill(is_stale, 0.0)], self._head_dim)
+
+    def _allocate(self, batch_size: int, num_heads: int, width: int, capacity: int) -> None:
+        row = batch_size * num_heads * width * self._dtype.itemsize
+        memory = HostMemory(self._most_tokens * row, self._device)
+        memory.grow(capacity * row)
+        self._memory = memory
+        self._view((capacity, batch_size, num_heads, width))
+
+    def _view(self, shape: tuple[int, ...]) -> None:
+        self._memory.grow(torch.Size(shape).numel() * self._dtype.itemsize)
+        self._host = self._memory.host(shape, self._dtype)
+        self.rows = [self._memory.on_device(shape, self._dtype)]
+
+
+def _grown(tensor: Tensor, capacity: int) -> Tensor:
+    larger = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
+    larger[:, :, : tensor.shape[2]] = tensor
+    return larger

@@ -1,0 +1,53 @@
+"""Copies of a prompt's keys and values to the host beside the computation."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+_MOST_WAITING = 1  # copies under way when the next one starts
+
+
+class Transfer:
+    """The copies of the layers of one cache, in order, on a stream of their own.
+
+    What is copied stays on the device until it has been: of one layer while the next computes, so
+    that the computation waits for the copies before they hold more than two layers of a prompt.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Copy a tensor, which must not change any more, to one of the same shape on the host.
+
+        Whoever reads the target on the device afterwards has to `join` first.
+        """
+        if source.device.type != "cuda":
+            target.copy_(source)
+            return
+        device = source.device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(stream)
+        self._waiting.append((event, source))
+        self._join(_MOST_WAITING)
+
+    def join(self) -> None:
+        """Let the computation wait for all copies."""
+        self._join(0)
+
+    def _join(self, most: int) -> None:
+        while len(self._waiting) > most:
+            event, source = self._waiting[0]
+            # Behind this the allocator may give the memory to whatever computes next.
+            event.wait(torch.cuda.current_stream(source.device))
+            self._waiting.popleft()
