@@ -32,9 +32,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     add_index(parser)
     parser.add_argument("--backend", default="auto", help="of the operators")
+    parser.add_argument("--offload", action="store_true", help="K and V go to the host")
     parser.add_argument("--output", type=Path, help="the file of rows")
     options = parser.parse_args(arguments)
-    settings = {**index_settings(options), "backend": options.backend}
+    settings = {**index_settings(options), "backend": options.backend, "offload": options.offload}
     model = random_llama(options.model, options.device, options.layers)
     rows = []
     for context in options.context:

@@ -57,8 +57,8 @@ def fill(model: Any, cache: Any, length: int) -> None:
             torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device)
             for _ in range(2)
         )
-        cache.update(key, value, number)
+        keys, _ = cache.update(key, value, number)
         store = getattr(cache.layers[number], "store", None)
         if store is not None and not store.is_dense:
             newest = key[:, :, -CALIBRATION_WINDOW:]
-            store.index_prompt(newest.repeat_interleave(num_groups, 1))
+            store.index_prompt(newest.repeat_interleave(num_groups, 1), keys)

@@ -17,6 +17,7 @@ from fierpatch.hf import attention, support
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.generation import prepare_cache
 from fierpatch.hf.pool import StaticPool
+from fierpatch.offload import MemoryPool
 from fierpatch.report import Report, report
 
 _HANDLE = "_fierpatch_handle"
@@ -90,7 +91,8 @@ class Handle:
     """One patch on one model; returned by `apply`.
 
     Use as a context manager to remove the patch at the end of a block. The static cache of a
-    `generate` stays with the handle for the next one, until the patch is removed or disabled.
+    `generate` stays with the handle for the next one, and so does pinned memory of the host, until
+    the patch is removed or disabled.
     """
 
     def __init__(self, model: Any, config: FierConfig) -> None:
@@ -102,6 +104,7 @@ class Handle:
         self._stashed: dict[str, Any] = {}
         self._facts: dict[int, LayerFacts] = {}
         self._pool = StaticPool()
+        self._memory = MemoryPool()
         self._clear: weakref.finalize[..., Any] | None = None
         self._is_disabled = False
 
@@ -152,7 +155,9 @@ class Handle:
 
     def new_cache(self, max_cache_len: int = 0) -> FierCache:
         """An empty cache for this model, to pass as ``past_key_values``."""
-        cache = FierCache(self.model.config, self.config, max_cache_len=max_cache_len)
+        cache = FierCache(
+            self.model.config, self.config, max_cache_len=max_cache_len, memory=self._memory
+        )
         self._facts = cache.facts
         return cache
 
@@ -237,8 +242,9 @@ class Handle:
         attention.register(self._name, base, self.config.max_query_length)
         # A model deleted while patched must not leave its functions in the registries, nor its
         # keys and values with whoever keeps the handle.
-        self._clear = weakref.finalize(self.model, _clear, self._name, self._pool)
+        self._clear = weakref.finalize(self.model, _clear, self._name, self._pool, self._memory)
         self._clear.atexit = False
+        self._memory.open()
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Never:
         """Stands in for the entry to ``generate_batch``, which pages K and V its own way."""
@@ -266,6 +272,7 @@ class Handle:
             self.model,
             self.config,
             self._pool,
+            self._memory,
             generation_config,
             model_kwargs,
             generation_mode,
@@ -276,7 +283,8 @@ class Handle:
             self._facts = cache.facts
 
 
-def _clear(name: str, pool: StaticPool) -> None:
+def _clear(name: str, pool: StaticPool, memory: MemoryPool) -> None:
     """All that a patch leaves outside its model."""
     attention.unregister(name)
     pool.drop()
+    memory.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ from fierpatch.cache import BUCKET_SIZE, LayerFacts
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError
 from fierpatch.hf.support import LayerLayout, layer_layout
+from fierpatch.hot_set import HotSet
 from fierpatch.index import nbytes
 from fierpatch.ops.operators import layer_index
 
@@ -29,9 +30,15 @@ class LayerReport:
         tokens_attended: tokens attended by a KV head in one decode step.
         bytes_read: bytes of index, K and V that one decode step reads.
         bytes_read_dense: bytes that dense attention would read.
-        kv_bytes: bytes held for K and V.
+        kv_bytes: bytes held for K and V, wherever they are.
+        host_bytes: of these, bytes held on the host.
+        hot_bytes: bytes held on the device for the rows of an offloaded layer that were selected
+            last, and for finding them.
         index_bytes: bytes held for the index.
         key_access_ratio: bytes of index and keys read over the bytes of all keys (FIER, section 3).
+        hit_rate: share of the tokens selected that needed no fetching, since the cache was made or
+            reset; None where nothing is offloaded, or nothing selected yet.
+        bytes_fetched: bytes that a step fetched from the host, the mean over steps.
         backend: what ran a sparse layer, ``"reference"`` or ``"triton"``; empty for others, before
             a run and in an estimate.
     """
@@ -47,6 +54,10 @@ class LayerReport:
     index_bytes: int
     key_access_ratio: float
     backend: str = ""
+    host_bytes: int = 0
+    hot_bytes: int = 0
+    hit_rate: float | None = None
+    bytes_fetched: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,28 @@ class Report:
     def kv_bytes(self) -> int:
         """Bytes held for K and V by all layers."""
         return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of K and V held on the host."""
+        return sum(layer.host_bytes for layer in self.layers)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes held on the device: K and V, index and hot sets."""
+        held = self.kv_bytes - self.host_bytes + self.index_bytes
+        return held + sum(layer.hot_bytes for layer in self.layers)
+
+    @property
+    def bytes_fetched(self) -> float:
+        """Bytes that one decode step fetched from the host."""
+        return sum(layer.bytes_fetched for layer in self.layers)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the tokens selected that needed no fetching, mean over the offloaded layers."""
+        rates = [layer.hit_rate for layer in self.layers if layer.hit_rate is not None]
+        return sum(rates) / len(rates) if rates else None
 
     @property
     def index_bytes(self) -> int:
@@ -119,6 +152,14 @@ class Report:
             f"total: reads {_readable(self.bytes_read)} a step, {saved:.1%} of dense; holds "
             f"{_readable(self.kv_bytes)} of KV and {_readable(self.index_bytes)} of index"
         )
+        if self.host_bytes:
+            line = f"offload: {_readable(self.host_bytes)} of KV on the host, "
+            line += f"{_readable(self.device_bytes)} in all on the device"
+            if self.hit_rate is not None:
+                line += (
+                    f"; fetches {_readable(self.bytes_fetched)} a step, hits {self.hit_rate:.1%}"
+                )
+            lines.append(line)
         return "\n".join(([self.title] if self.title else []) + [line.rstrip() for line in lines])
 
 
@@ -152,7 +193,8 @@ def report(model_config: Any, settings: FierConfig, facts: dict[int, LayerFacts]
             length = int(fact.counters[0])
             # Until something is stored, no backend has been chosen.
             backend = fact.backend if fact.batch_size else ""
-            layers.append(_layer_report(number, layer, settings, shape, length, backend))
+            found = _layer_report(number, layer, settings, shape, length, backend)
+            layers.append(replace(found, **_tier(fact)))
     return Report(layers)
 
 
@@ -214,11 +256,33 @@ def estimate(
                 state = index.allocate(batch, layer.num_kv_heads, capacity, meta)
                 index_bytes = nbytes(index, state)
         shape = _Shape(heads, layer.head_dim, layer.head_dim, dtype.itemsize, kv_bytes, index_bytes)
-        layers.append(_layer_report(number, layer, settings, shape, context))
+        found = _layer_report(number, layer, settings, shape, context)
+        if settings.offload and found.kind == "sparse":
+            num_lists = layer.num_query_heads if settings.per_query_head else layer.num_kv_heads
+            like = torch.empty(0, dtype=dtype, device="meta")
+            lead = (settings.hot_rows, capacity, batch, num_lists)
+            hot = HotSet.empty(*lead, 2 * layer.head_dim, like)
+            found = replace(found, host_bytes=kv_bytes, hot_bytes=hot.nbytes)
+        layers.append(found)
     name = getattr(text_config, "model_type", "model")
     return Report(
         layers, title=f"{name}: {context} tokens, batch {batch}, {str(dtype).split('.')[-1]}"
     )
+
+
+def _tier(fact: LayerFacts) -> dict[str, Any]:
+    """What a report says of an offloaded layer."""
+    held = {"host_bytes": fact.host_nbytes, "hot_bytes": fact.hot_nbytes}
+    if fact.tally is None:
+        return held
+    steps, used, missed, prefetched, _ = fact.tally.sum((0, 1)).tolist()
+    steps //= max(fact.tally.shape[:2].numel(), 1)
+    row = (fact.head_dim + fact.value_head_dim) * fact.itemsize
+    rate = 1 - missed / used if used else None
+    return held | {
+        "hit_rate": rate,
+        "bytes_fetched": (missed + prefetched) * row / steps if steps else 0.0,
+    }
 
 
 @dataclass(frozen=True)
@@ -303,7 +367,7 @@ def _without_number(layer: LayerReport) -> Iterable[Any]:
     return (layer.kind, layer.reason, layer.backend, layer.tokens, layer.tokens_attended)
 
 
-def _readable(num_bytes: int) -> str:
+def _readable(num_bytes: float) -> str:
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -34,19 +34,23 @@ def configs(draw: st.DrawFn) -> FierConfig:
     bits = draw(st.sampled_from((1, 2))) if index == "rotated" else 1
     refine = draw(st.just(0) | st.integers(2, 100))
     has_codes = not refine or (index, bits) == ("rotated", 1)
+    refine_bits = draw(st.sampled_from((2, 3, 4, "exact") if has_codes else ("exact",)))
+    budget = sinks + recent + draw(st.integers(0, 10**6))
     return FierConfig(
-        budget=sinks + recent + draw(st.integers(0, 10**6)),
+        budget=budget,
         sinks=sinks,
         recent=recent,
         index=index,
         bits=bits,
         refine=refine,
-        refine_bits=draw(st.sampled_from((2, 3, 4, "exact") if has_codes else ("exact",))),
+        refine_bits=refine_bits,
         group_size=draw(st.none() | st.sampled_from((32, 64, 128, 256, 512))),
         dense_layers=draw(st.integers(0, 100)),
         per_query_head=draw(st.booleans()),
         max_query_length=draw(st.integers(1, 10**6)),
         compile=draw(st.booleans()),
+        offload=draw(st.booleans()) and not (refine and refine_bits == "exact"),
+        hot_tokens=draw(st.none() | st.integers(budget, 3 * budget)),
         backend=draw(st.sampled_from(("auto", "triton", "reference"))),
         seed=draw(st.integers(0, 2**40)),
     )
@@ -166,7 +170,6 @@ def test_the_message_names_the_setting_and_the_remedy(
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"offload": True}, "offload=True"),
         ({"backend": "flex"}, 'backend="flex"'),
     ],
 )

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fierpatch import ops, reference
 from fierpatch.errors import CapacityError, ConfigError, ShapeError
+from fierpatch.hot_set import HotSet
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
+from fierpatch.rows import pair
 from states import assert_equal_states, assert_same, build, held
 from strategies import Problem, cuts, gaussian, indexes, lengths, problems, seeds
 
@@ -184,6 +186,7 @@ class Layer:
         self.lead = (batch_size, 2)
         self.keys = torch.zeros(*self.lead, CAPACITY, index.head_dim)
         self.values = torch.zeros(*self.lead, CAPACITY, 5)
+        self.stored = [self.keys, self.values]
         self.state = index.allocate(*self.lead, CAPACITY, self.keys.device)
         self.counters = torch.zeros(4, dtype=torch.int64)
 
@@ -198,8 +201,7 @@ class Layer:
         torch.ops.fierpatch.append(
             self.rows(count),
             self.rows(count, 5),
-            self.keys,
-            self.values,
+            self.stored,
             self.state,
             self.counters,
             is_prompt,
@@ -261,8 +263,7 @@ def test_tokens_go_where_the_last_ones_ended() -> None:
         torch.ops.fierpatch.append(
             key[:, :, start:stop],
             value[:, :, start:stop],
-            layer.keys,
-            layer.values,
+            layer.stored,
             layer.state,
             layer.counters,
             False,
@@ -384,7 +385,7 @@ def test_retrieving_pads_the_selection_to_a_fixed_width(
     assert found.shape == (2, 6 if per_query_head else 2, num_queries, width)
     assert torch.equal(found[..., : expected.shape[3]], expected)
     assert (found[..., expected.shape[3] :] == -1).all()
-    output = torch.ops.fierpatch.attend(query, layer.keys, layer.values, found, None, 0.3, 0.0)
+    output = torch.ops.fierpatch.attend(query, layer.stored, found, None, 0.3, 0.0)
     attended = reference.gather_attention(query, layer.keys, layer.values, found, scale=0.3)
     assert output.shape == (2, num_queries, 6, 5)
     assert output.is_contiguous()
@@ -397,7 +398,7 @@ def calls() -> Iterator[Any]:
         layer = make_layer(index)
         layer.prefill(200)
         name = arguments_of(index)[0]
-        stored = (layer.keys, layer.values, layer.state, layer.counters)
+        stored = (layer.stored, layer.state, layer.counters)
         append = (layer.rows(3), layer.rows(3, 5), *stored, False, *layer.arguments)
         yield f"append {name}", "append", append
         prompt = (layer.queries(200), layer.keys, layer.state, layer.counters, *layer.arguments)
@@ -410,8 +411,14 @@ def calls() -> Iterator[Any]:
             yield f"retrieve {name} {per_query_head}", "retrieve", retrieve
     lists = torch.arange(5).expand(2, 2, 2, 5).contiguous()
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = (x.to(dtype) for x in (layer.queries(2), layer.keys, layer.values))
-        yield f"attend {dtype}", "attend", (*tensors, lists, torch.zeros(6), 0.25, 1.0)
+        query, key, value = (x.to(dtype) for x in (layer.queries(2), layer.keys, layer.values))
+        rest = (lists, torch.zeros(6), 0.25, 1.0)
+        yield f"attend {dtype}", "attend", (query, [key, value], *rest)
+        paired = pair(key, value)
+        yield f"attend {dtype} paired", "attend", (query, [paired], *rest)
+        hot = HotSet.empty(9, CAPACITY, 2, 2, paired.shape[3], paired).tensors
+        one = (query[:, :, :1], paired, hot, lists[:, :, :1].contiguous(), *rest[1:])
+        yield f"attend_hot {dtype}", "attend_hot", one
 
 
 every_call = pytest.mark.parametrize(
@@ -455,13 +462,13 @@ def test_a_compiled_step_does_what_an_eager_one_does(index: KeyIndex) -> None:
         counters: Tensor,
     ) -> Tensor:
         torch.ops.fierpatch.append(
-            key, value, keys, values, state, counters, False, *arguments_of(index)
+            key, value, [keys, values], state, counters, False, *arguments_of(index)
         )
         lists = torch.ops.fierpatch.retrieve(
             2 * query, state, counters, None, None, *arguments_of(index), 40, 4, 16, False,
             0.3, 0.0, 2, keys,
         )  # fmt: skip
-        output = torch.ops.fierpatch.attend(2 * query, keys, values, lists, None, 0.3, 0.0)
+        output = torch.ops.fierpatch.attend(2 * query, [keys, values], lists, None, 0.3, 0.0)
         return output + 1
 
     torch._dynamo.reset()

@@ -179,22 +179,23 @@ class LayerCache:
     def _store_step(self, key: Tensor, value: Tensor, is_prompt: bool) -> tuple[Tensor, Tensor]:
         """Everything that is stored (growing), or the whole buffers (static)."""
         store, num_new = self._allocated, key.shape[2]
+        # A compiled step must not depend on what the host knows, nor change it.
         is_recorded = self.is_static and _is_recorded(key)
-        stop = self._progress[0] + num_new
         if not is_recorded:
-            self._reserve(stop, num_new)
+            self._reserve(self._progress[0] + num_new, num_new)
             if isinstance(store, HostStore):
                 store.join()
         self.operators.append(key, value, store.rows, self.state, self.counters, is_prompt)
         if not is_recorded:
-            self._progress[0] = stop
+            self._progress[0] += num_new
             if self.index is not None and not is_prompt:
-                self._progress[1] = stop
+                self._progress[1] = self._progress[0]
         if is_prompt and isinstance(store, HostStore):
             return store.read_all(self.counters[0])
         if self.is_static:
             return self.keys[:], self.values[:]
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        stored = self._progress[0]
+        return self.keys[:, :, :stored], self.values[:, :, :stored]
 
     def index_prompt(self, query: Tensor, keys: Tensor | None = None) -> None:
         """Index the prompt just stored.
@@ -262,15 +263,20 @@ class LayerCache:
             self.operators = self._shared.operators(self.config, key, value)
             if self.is_offloaded:
                 most = self.capacity if self.is_static else self.max_positions
-                self.store = HostStore(key, value, self.capacity, most, self._shared.transfer)
+                shared = self._shared
+                self.store = HostStore(
+                    key, value, self.capacity, most, shared.transfer, shared.memory
+                )
             else:
                 self.store = DeviceStore(key, value, self.capacity)
             if not self.is_dense:
                 self.index = layer_index(self.config, head_dim)
                 state = self.index.allocate(batch_size, num_kv_heads, self.capacity, key.device)
                 own = len(state) - self.index.num_constants
-                shared = self._shared.constants.setdefault((self.index, key.device), state[own:])
-                self.state = state[:own] + shared
+                constants = self._shared.constants
+                self.state = state[:own] + constants.setdefault(
+                    (self.index, key.device), state[own:]
+                )
             if self.is_static or self.operators.name != "reference":
                 self.counters = self.counters.to(key.device, copy=True)
         if self.is_offloaded and not self.config.per_query_head:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fierpatch.config import FierConfig
 from fierpatch.index import KeyIndex
-from fierpatch.offload import Transfer
+from fierpatch.offload import MemoryPool, Transfer
 from fierpatch.ops.operators import Operators, ReferenceOperators, choose_backend
 
 if TYPE_CHECKING:
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Shared:
-    """Constant tensors of the index and working memory of kernels, held once a device."""
+    """Constant tensors of the index and working memory of kernels, held once a device.
+
+    And the memory of the host, and who copies to it, one layer after the other.
+    """
 
     constants: dict[tuple[KeyIndex, torch.device], list[Tensor]] = field(default_factory=dict)
     workspaces: dict[torch.device, Workspace] = field(default_factory=dict)
     transfer: Transfer = field(default_factory=Transfer)
+    memory: MemoryPool = field(default_factory=MemoryPool)
     num_offloaded: int = 0
 
     def enlist(self) -> Callable[[], bool]:

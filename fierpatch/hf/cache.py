@@ -13,6 +13,7 @@ from fierpatch.cache import LayerCache, LayerFacts, Observer, Shared
 from fierpatch.config import FierConfig
 from fierpatch.errors import CacheMismatchError, PositionLimitError
 from fierpatch.hf.support import max_positions
+from fierpatch.offload import MemoryPool
 
 
 class FierLayer(CacheLayerMixin):
@@ -111,6 +112,8 @@ class FierCache(Cache):
         settings: the settings of the patch; None means the defaults.
         max_cache_len: tokens to make room for at first, or for good where
             ``settings.compile`` is True.
+        memory: where memory of the host comes from and goes back to, for offloaded layers; None
+            means that it ends with the cache.
 
     Raises:
         PositionLimitError: a static cache longer than the model has positions.
@@ -122,6 +125,7 @@ class FierCache(Cache):
         settings: FierConfig | None = None,
         *,
         max_cache_len: int = 0,
+        memory: MemoryPool | None = None,
     ) -> None:
         settings = settings or FierConfig()
         text_config = config.get_text_config(decoder=True)
@@ -142,7 +146,7 @@ class FierCache(Cache):
         else:
             template, plain = DynamicCache(config=text_config), DynamicLayer
         layers = list(template.layers)
-        self._shared = Shared()
+        self._shared = Shared(memory=memory or MemoryPool())
         for number, layer in enumerate(layers):
             if type(layer) is plain:
                 layers[number] = FierLayer(

@@ -11,6 +11,7 @@ from fierpatch.errors import ConfigError, PositionLimitError
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.pool import Demand, StaticPool
 from fierpatch.hf.support import max_positions
+from fierpatch.offload import MemoryPool
 
 _GROWING = (None, "dynamic", "offloaded")
 _STATIC = ("static", "offloaded_static")
@@ -20,6 +21,7 @@ def prepare_cache(
     model: Any,
     settings: FierConfig,
     pool: StaticPool,
+    memory: MemoryPool,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -30,7 +32,8 @@ def prepare_cache(
 
     The standard names keep their meaning: ``cache_implementation`` None and ``"dynamic"`` grow,
     ``"static"`` compiles, ``"offloaded"`` offloads. Static layers come from `pool`, which has
-    those of the run before where they fit. A cache that the caller passes is used as it is.
+    those of the run before where they fit, and memory of the host from `memory`. A cache that the
+    caller passes is used as it is.
 
     Returns:
         The `FierCache` that generate will use, or None where it uses none.
@@ -66,7 +69,9 @@ def prepare_cache(
         offload=settings.offload or "offloaded" in (implementation or ""),
     )
     is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-    cache = FierCache(model.config, settings)  # grows: the first prompt decides the capacity
+    cache = FierCache(
+        model.config, settings, memory=memory
+    )  # grows: the first prompt decides the capacity
     if is_assisted and settings.compile and not cache.is_croppable:
         raise ConfigError(
             "assisted decoding takes rejected tokens back, which transformers' static sliding "
@@ -78,7 +83,7 @@ def prepare_cache(
         cache = pool.lend(
             Demand.of(model, settings, rows),
             num_tokens,
-            lambda length: FierCache(model.config, settings, max_cache_len=length),
+            lambda length: FierCache(model.config, settings, max_cache_len=length, memory=memory),
         )
         if generation_config.prefill_chunk_size is not None:
             # generate compiles the chunks too, and a graph cannot allocate what outlives it.

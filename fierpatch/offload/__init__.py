@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fierpatch.offload.memory import MemoryPool
 from fierpatch.offload.stores import DeviceStore, HostStore, Store
 from fierpatch.offload.transfer import Transfer
 
-__all__ = ["DeviceStore", "HostStore", "Store", "Transfer"]
+__all__ = ["DeviceStore", "HostStore", "MemoryPool", "Store", "Transfer"]

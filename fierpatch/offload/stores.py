@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fierpatch.offload.memory import HostMemory
+from fierpatch.offload.memory import MemoryPool
 from fierpatch.offload.transfer import Transfer
 from fierpatch.rows import pair, split
 
@@ -107,6 +109,7 @@ class HostStore:
         capacity: tokens to make room for.
         most_tokens: tokens that there will ever be; None means no limit.
         transfer: copies prompts, for all layers of a cache.
+        pool: gives the memory, and has it back when the store is gone.
 
     Raises:
         HostMemoryError: the host has too little memory, or does not pin it.
@@ -121,11 +124,13 @@ class HostStore:
         capacity: int,
         most_tokens: int | None,
         transfer: Transfer,
+        pool: MemoryPool,
     ) -> None:
         self._head_dim = key.shape[3]
         self._dtype, self._device = key.dtype, key.device
         self._most_tokens = max(most_tokens or _MOST_TOKENS, capacity)
-        self._transfer = transfer
+        self._transfer, self._pool = transfer, pool
+        self._give_back: Callable[[], object] = lambda: None
         self._allocate(key.shape[0], key.shape[1], key.shape[3] + value.shape[3], capacity)
 
     @property
@@ -195,9 +200,12 @@ class HostStore:
 
     def _allocate(self, batch_size: int, num_heads: int, width: int, capacity: int) -> None:
         row = batch_size * num_heads * width * self._dtype.itemsize
-        memory = HostMemory(self._most_tokens * row, self._device)
-        memory.grow(capacity * row)
+        memory = self._pool.take(capacity * row, self._most_tokens * row, self._device)
+        self._give_back()
         self._memory = memory
+        finalizer = weakref.finalize(self, self._pool.give_back, memory)
+        finalizer.atexit = False
+        self._give_back = finalizer
         self._view((capacity, batch_size, num_heads, width))
 
     def _view(self, shape: tuple[int, ...]) -> None:

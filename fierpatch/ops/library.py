@@ -190,7 +190,7 @@ def _attend(
         softcap=softcap,
         sink_logits=sink_logits,
     )
-    return output.transpose(1, 2).contiguous()
+    return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _attend_hot(
@@ -209,7 +209,7 @@ def _attend_hot(
     output = gather_attention(
         query, keys, values, rows, scale=scale, softcap=softcap, sink_logits=sink_logits
     )
-    return output.transpose(1, 2).contiguous()
+    return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def attend_fake(query: Tensor, rows: list[Tensor], *rest: Any) -> Tensor:

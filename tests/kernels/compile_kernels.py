@@ -26,10 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fierpatch.hot_set import HotSet
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
-from fierpatch.kernels import append, attention, launch, retrieve
+from fierpatch.kernels import append, attention, launch, residency, retrieve
 from fierpatch.kernels import shape as sizes
 from fierpatch.kernels.logits import Logits
+from fierpatch.rows import split
 from kernels.tensors import LAYOUTS, lay_out
 
 CPU = torch.device("cpu")
@@ -88,6 +90,7 @@ def decode(
     tiles: int = 128,
     budget: int = 1024,
     refine: int = 0,
+    is_offloaded: bool = False,
 ) -> None:
     """One step of a layer; 128 tiles, so that constants are those of a long context."""
     head_dim, value_head_dim = index.head_dim, value_head_dim or index.head_dim
@@ -103,6 +106,9 @@ def decode(
     key, value = zeros(*lead, num_queries, head_dim), zeros(*lead, num_queries, value_head_dim)
     keys = torch.zeros(*lead, capacity, head_dim, dtype=dtype)
     values = torch.zeros(*lead, capacity, value_head_dim, dtype=dtype)
+    paired = torch.zeros(capacity, *lead, head_dim + value_head_dim, dtype=dtype)
+    if is_offloaded:
+        keys, values = split([paired], head_dim)
     counters = append.new_counters(CPU)
     state = index.allocate(*lead, capacity, CPU)
     append.append(index, key, value, keys, values, state, counters)
@@ -120,16 +126,23 @@ def decode(
         shape, scratch, query, state, counters, logits, visible,
         sinks=length % 5, recent=length % 17, sink_logits=sink_logits, keys=keys,
     )  # fmt: skip
+    placed = None
+    if is_offloaded and num_queries == 1:
+        lists = (batch_size, token_indices.shape[1], head_dim + value_head_dim)
+        hot = HotSet.empty(2 * token_indices.shape[3], capacity, *lists, paired)
+        more = residency.place(hot, token_indices, is_prefetch=True)
+        residency.fetch(hot, more, token_indices, paired)
+        placed = hot.rows, residency.place(hot, token_indices)
     attention.gather_attention(
         query, keys, values, token_indices, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, counters=counters if has_counters else None,
+        sink_logits=sink_logits, counters=counters if has_counters else None, hot=placed,
     )  # fmt: skip
 
 
 def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
     """Every kernel once with each set of constants, by a name that says which."""
     launches = record()
-    for module in (append, attention, retrieve):
+    for module in (append, attention, residency, retrieve):
         module.can_start_early = lambda device: arch >= 90  # type: ignore[assignment]
     bf16 = torch.bfloat16
     attend, score_rotated = "gather_attention_kernel", "rotated_scores_kernel"
@@ -145,6 +158,7 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
         steps.append((index, bf16, {"refine": 4}, ()))
     # Lists of candidates that one program does not hold at once.
     steps.append((coded[-1], bf16, {"refine": 4, "budget": 2048}, ("refine_kernel",)))
+    steps += [(RotatedIndex(128), bf16, {"is_offloaded": True}, ())]
     # So few tokens that a program of the selection reads smaller blocks.
     steps.append((RotatedIndex(128), bf16, {"tiles": 32}, ()))
     if arch == 90:
@@ -180,7 +194,16 @@ def launches_of(arch: int) -> Iterator[tuple[str, Launch]]:
             flags += ["coarse"] if constants.get("IS_COARSE") else []
             flags += [
                 f"{flag.lower()} {constants[flag]}"
-                for flag in ("REFINE", "BLOCK", "PIECES", "CHUNKS", "SPLITS")
+                for flag in (
+                    "PAIR",
+                    "HAS_HOT",
+                    "IS_PREFETCH",
+                    "REFINE",
+                    "BLOCK",
+                    "PIECES",
+                    "CHUNKS",
+                    "SPLITS",
+                )
                 if constants.get(flag)
             ]
             yield " ".join((name, kind, str(index.head_dim), str(dtype)[6:], *flags)), entry
@@ -239,6 +262,7 @@ def varied_calls() -> Iterator[dict[str, Any]]:
             "value_head_dim": (0, 5, 48)[place % 3],
             "groups": (4, 1, 3)[place % 7 % 3],
             "refine": 2 if index.refined_bytes_per_token else place % 2 * 4,
+            "is_offloaded": place % 3 == 1 and bool(index.refined_bytes_per_token or not place % 2),
         }
         for other, layout in enumerate(LAYOUTS):
             yield build | {

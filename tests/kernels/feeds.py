@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fierpatch.index import KeyIndex
+from fierpatch.rows import split
 from kernels.tensors import HEAD_DIMS, LAYOUTS, guarded, is_intact, lay_out, set_balance, words
 from states import assert_equal_states
 from strategies import TAME, WILD, gaussian, indexes, seeds
@@ -82,7 +83,7 @@ def feeds(
     )
 
 
-def check_append(feed: Feed, device: torch.device) -> None:
+def check_append(feed: Feed, device: torch.device, *, is_paired: bool = False) -> None:
     """State, buffers and counters are those of the reference, to the bit."""
     from fierpatch.kernels import append
 
@@ -98,8 +99,13 @@ def check_append(feed: Feed, device: torch.device) -> None:
     state = [tensor.to(device, copy=True) for tensor in expected]
     index.append(expected, keys, 0, stored)
 
-    key_buffer = guarded((*lead, capacity, index.head_dim), feed.dtype, device)
-    value_buffer = guarded((*lead, capacity, feed.value_head_dim), feed.dtype, device)
+    if is_paired:
+        width = index.head_dim + feed.value_head_dim
+        whole = guarded((capacity, *lead, width), feed.dtype, device)
+        key_buffer, value_buffer = split([whole], index.head_dim)
+    else:
+        key_buffer = guarded((*lead, capacity, index.head_dim), feed.dtype, device)
+        value_buffer = guarded((*lead, capacity, feed.value_head_dim), feed.dtype, device)
     counters = append.new_counters(device)
 
     def feed_tokens(which: KeyIndex | None, start: int, stop: int) -> None:

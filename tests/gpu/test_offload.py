@@ -1,0 +1,237 @@
+"""On a GPU, keys and values on the host give what they give on the device, and are given back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+
+import fierpatch
+from fierpatch.offload.memory import HostMemory
+from kernels.feeds import Feed, check_append
+from kernels.residencies import Steps, check_residency
+
+pytestmark = [
+    pytest.mark.gpu,
+    # The compiler advises TF32 and says when it skips a graph.
+    pytest.mark.filterwarnings("default"),
+]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def llama(dtype: torch.dtype = torch.bfloat16) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=16_384,
+    )
+    return LlamaForCausalLM(config).to("cuda", dtype).eval()
+
+
+def prompt(length: int, rows: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, 256, (rows, length), generator=generator).cuda()
+
+
+def padded(length: int) -> dict[str, torch.Tensor]:
+    ids = prompt(length, 2)
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    return {"inputs": ids, "attention_mask": mask}
+
+
+def generate(model: Any, **options: Any) -> Any:
+    options = {"do_sample": False, "max_new_tokens": 40, **options}
+    if "inputs" not in options:
+        options["inputs"] = prompt(700)
+    return model.generate(
+        pad_token_id=0, eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+        **options,
+    )  # fmt: skip
+
+
+EAGER: dict[str, Any] = {"disable_compile": True}
+STATIC: dict[str, Any] = {
+    "cache_implementation": "static",
+    "compile_config": CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead"),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "eager": EAGER,
+    "padded": EAGER | {"padded": 700},
+    "outgrows its room": EAGER | {"length": 500, "max_new_tokens": 200},
+    "beams": EAGER | {"num_beams": 3},
+    "prompt lookup": EAGER | {"prompt_lookup_num_tokens": 5},
+    "chunks": EAGER | {"prefill_chunk_size": 256, "padded": 700},
+    "static": EAGER | {"cache_implementation": "static"},
+    "compiled": STATIC,
+    "compiled, padded": STATIC | {"padded": 700},
+    "compiled chunks": STATIC | {"prefill_chunk_size": 350},
+}
+
+
+def options_of(mode: str) -> dict[str, Any]:
+    options = dict(MODES[mode])
+    if "padded" in options:
+        options |= padded(options.pop("padded"))
+    if "length" in options:
+        options["inputs"] = prompt(options.pop("length"))
+    return options
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", [{}, {"per_query_head": True, "refine": 2}], ids=str)
+def test_the_host_gives_the_logits_of_the_device(mode: str, how: dict[str, Any]) -> None:
+    model = llama()
+    outputs = []
+    for is_offloaded in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        with fierpatch.apply(model, budget=64, offload=is_offloaded, **how) as handle:
+            outputs.append(generate(model, **options_of(mode)))
+            layers = handle.report().layers[2:]
+        assert all(layer.backend == "triton" for layer in layers)
+        assert all((layer.host_bytes > 0) == is_offloaded for layer in layers)
+        if mode == "compiled":
+            assert counters["stats"]["unique_graphs"] == 1
+            assert not counters["inductor"]["cudagraph_skips"]
+    resident, offloaded = outputs
+    assert torch.equal(offloaded.sequences, resident.sequences)
+    for left, right in zip(offloaded.logits, resident.logits, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_turns_over_one_cache_give_the_logits_of_the_device(mode: str) -> None:
+    """A prompt, steps, a second prompt behind them, steps, a crop and steps."""
+    model = llama()
+    found = []
+    is_static = mode == "compiled"
+    for is_offloaded in (False, True):
+        torch._dynamo.reset()
+        settings = {"budget": 64, "offload": is_offloaded, "compile": is_static}
+        with fierpatch.apply(model, **settings) as handle:
+            cache = handle.new_cache(max_cache_len=4096 if is_static else 0)
+            options = STATIC | {"cache_implementation": None} if is_static else EAGER
+            first = generate(model, past_key_values=cache, **options)
+            longer = torch.cat((first.sequences, prompt(300)), dim=1)
+            second = generate(model, past_key_values=cache, inputs=longer, **options)
+            cache.crop(-30)
+            shorter = second.sequences[:, :-30]
+            third = generate(model, past_key_values=cache, inputs=shorter, **options)
+        found.append([*first.logits, *second.logits, *third.logits])
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
+
+
+def pinned_nbytes() -> int:
+    """Memory of this process that is locked or shared with the driver, by the system's count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@pytest.mark.parametrize("options", [EAGER, STATIC], ids=["eager", "compiled"])
+def test_ten_runs_take_the_memory_of_one(options: dict[str, Any]) -> None:
+    model = llama()
+    with fierpatch.apply(model, budget=64, offload=True):
+        for number in range(11):
+            generate(model, inputs=prompt(6000), **(options | {"max_new_tokens": 4}))
+            gc.collect()
+            torch.cuda.synchronize()
+            held = torch.cuda.memory_allocated(), pinned_nbytes()
+            if number == 1:
+                first = held
+    assert held[0] <= first[0]
+    # Of the host 3 layers of 6,144 tokens, 2 heads and 64 + 64 channels of 2 bytes: 9 MiB a run.
+    assert held[1] <= first[1] + (6 << 20)
+
+
+@pytest.mark.parametrize("options", [EAGER, STATIC], ids=["eager", "compiled"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_run_that_is_broken_off_leaves_model_and_memory(
+    options: dict[str, Any], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    with fierpatch.apply(model, budget=64, offload=True) as handle:
+        expected = generate(model, **options).sequences
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+
+        def fail(*args: Any) -> None:
+            raise error("in the middle of a run")
+
+        with monkeypatch.context() as patch:
+            hook = model.model.layers[3].register_forward_pre_hook(fail)
+            with pytest.raises(error):
+                generate(model, **EAGER, inputs=prompt(3000))
+            hook.remove()
+            del patch
+        gc.collect()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() <= before + (1 << 20)
+        assert torch.equal(generate(model, **options).sequences, expected)
+        assert handle.is_attached
+
+
+def test_pinned_memory_is_the_same_on_both_sides() -> None:
+    memory = HostMemory(1 << 30, CUDA)
+    memory.grow(3 << 20)
+    on_device, on_host = (
+        make((1000, 7), torch.bfloat16) for make in (memory.on_device, memory.host)
+    )
+    on_device.copy_(torch.arange(7000).view(1000, 7))
+    torch.cuda.synchronize()
+    assert torch.equal(on_host, on_device.cpu())
+    memory.grow(100 << 20)
+    larger = memory.on_device((50 << 20,), torch.bfloat16)
+    assert larger.data_ptr() == on_device.data_ptr()
+    larger[-1] = 5
+    torch.cuda.synchronize()
+    assert memory.host((50 << 20,), torch.bfloat16)[-1] == 5
+    del memory
+    assert larger[-1] == 5, "the memory lives as long as a tensor of it"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Steps(128, 64, 500, 2, 2, 1, 128, 128, dtype=torch.bfloat16),
+        Steps(200, 100, 4000, 1, 8, 1, 128, 128, num_steps=80, drift=20, dtype=torch.bfloat16),
+        Steps(2048, 1024, 40_000, 1, 8, 1, 128, 128, num_steps=30, drift=200, dtype=torch.float16),
+        Steps(300, 100, 900, 1, 2, 4, 64, 48, num_steps=70, drift=20, candidates=150),
+        Steps(1024, 1024, 3000, 1, 1, 1, 80, 80, fill=1.0, drift=900, candidates=700),
+    ],
+    ids=str,
+)
+def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
+    check_residency(case, CUDA)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_paired_rows_are_stored_and_indexed_as_others(group_size: int) -> None:
+    from fierpatch.index import RotatedIndex
+
+    index = RotatedIndex(128, group_size=group_size)
+    feed = Feed(index, 500, 500, (1,) * 30, batch_size=2, num_kv_heads=2, dtype=torch.bfloat16)
+    check_append(feed, CUDA, is_paired=True)

@@ -1,0 +1,137 @@
+"""Hot sets by kernels beside those in tensors, and attention over the rows of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fierpatch.hot_set import EMPTY, HotSet
+from fierpatch.hot_set import fetch as fetch_reference
+from fierpatch.hot_set import place as place_reference
+from fierpatch.rows import split
+from kernels.tensors import words
+from strategies import seeds
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Lists of `width` tokens, a step each, for hot sets of `num_rows` rows."""
+
+    num_rows: int
+    width: int
+    num_tokens: int
+    batch_size: int = 1
+    num_kv_heads: int = 1
+    lists_per_kv_head: int = 1
+    head_dim: int = 64
+    value_head_dim: int = 64
+    num_steps: int = 4
+    fill: float = 0.8  # the share of slots in use
+    drift: int = 8  # tokens by which a list moves on
+    candidates: int = 0  # tokens to prefetch after a step
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @property
+    def num_lists(self) -> int:
+        return self.num_kv_heads * self.lists_per_kv_head
+
+
+@st.composite
+def any_steps(draw: st.DrawFn, *, longest: int = 80) -> Steps:
+    width = draw(st.integers(1, longest))
+    head_dim = draw(st.sampled_from((64, 80, 128)))
+    return Steps(
+        num_rows=width + draw(st.sampled_from((0, 1, width, 3 * width))),
+        width=width,
+        num_tokens=draw(st.integers(width, 4 * width + 3)),
+        batch_size=draw(st.integers(1, 2)),
+        num_kv_heads=draw(st.integers(1, 2)),
+        lists_per_kv_head=draw(st.sampled_from((1, 1, 3))),
+        head_dim=head_dim,
+        value_head_dim=draw(st.sampled_from((head_dim, 5, 48))),
+        fill=draw(st.sampled_from((0.0, 0.3, 0.9, 1.0))),
+        drift=draw(st.sampled_from((0, 1, 8, 1000))),
+        candidates=draw(st.sampled_from((0, 0, 1, 40, 200))),
+        dtype=draw(st.sampled_from((torch.float32, torch.float16))),
+        seed=draw(seeds()),
+    )
+
+
+@st.composite
+def steps_like(draw: st.DrawFn, case: Steps) -> Steps:
+    """Others that need the same compiled kernels."""
+    width = draw(st.integers(case.width // 2 + 1, case.width))
+    return replace(
+        case,
+        width=width,
+        num_tokens=draw(st.integers(case.width, case.num_tokens)),
+        fill=draw(st.sampled_from((0.3, 0.9, 1.0))),
+        drift=draw(st.sampled_from((0, 1, 8, 1000))),
+        seed=draw(seeds()),
+    )
+
+
+def lists_of(case: Steps, step: int, width: int, generator: torch.Generator) -> Tensor:
+    """Distinct tokens in any order and in random slots; a window that moves on."""
+    lists = torch.full((case.batch_size, case.num_lists, 1, width), EMPTY)
+    for b in range(case.batch_size):
+        for number in range(case.num_lists):
+            near = torch.randperm(min(2 * width, case.num_tokens), generator=generator)
+            chosen = (near[:width] + step * case.drift) % case.num_tokens
+            slots = torch.randperm(width, generator=generator)[: len(chosen)]
+            slots = slots[: round(case.fill * len(slots))]
+            lists[b, number, 0, slots] = chosen[: len(slots)]
+    return lists
+
+
+def check_residency(case: Steps, device: torch.device) -> None:
+    """State, tally and fetched rows are those of the tensors; attention is that over all rows."""
+    from fierpatch.kernels import append, attention, residency
+
+    generator = torch.Generator().manual_seed(case.seed)
+    width = case.head_dim + case.value_head_dim
+    shape = (case.num_tokens, case.batch_size, case.num_kv_heads, width)
+    paired = torch.randn(shape, generator=generator).to(case.dtype)
+    heads = case.num_lists * 2
+    sizes = (case.num_rows, case.num_tokens, case.batch_size, case.num_lists, width)
+    expected = HotSet.empty(*sizes, paired)
+    held = paired.to(device)
+    found = HotSet.empty(*sizes, held)
+    found.rows.fill_(torch.nan)
+    expected.rows.fill_(torch.nan)
+    counters = append.new_counters(device)
+    counters[0] = case.num_tokens
+    arrivals = torch.zeros(case.batch_size * case.num_lists, dtype=torch.int32, device=device)
+    for step in range(case.num_steps):
+        lists = lists_of(case, step, case.width, generator)
+        query = torch.randn(case.batch_size, heads, 1, case.head_dim, generator=generator)
+        query = query.to(device, case.dtype)
+        places = residency.place(found, lists.to(device))
+        options = {"scale": 0.1, "counters": counters, "arrivals": arrivals}
+        views = split([held], case.head_dim)
+        output = attention.gather_attention(
+            query, *views, lists.to(device), hot=(found.rows, places), **options
+        )
+        own = place_reference(expected, lists)
+        fetch_reference(expected, own, lists, paired)
+        assert torch.equal(places.cpu(), own)
+        plain = attention.gather_attention(query, *views, lists.to(device), **options)
+        assert torch.equal(output, plain)
+        flat = attention.gather_attention(
+            query, *(x.contiguous() for x in views), lists.to(device), **options
+        )
+        assert torch.equal(plain, flat)
+        if case.candidates:
+            more = lists_of(case, step + 1, case.candidates, generator)
+            places = residency.place(found, more.to(device), is_prefetch=True)
+            residency.fetch(found, places, more.to(device), held)
+            own = place_reference(expected, more, is_prefetch=True)
+            fetch_reference(expected, own, more, paired)
+            assert torch.equal(places.cpu(), own)
+        for mine, other in zip(found.tensors[1:], expected.tensors[1:], strict=True):
+            assert torch.equal(mine.cpu(), other)
+        assert torch.equal(words(found.rows.cpu()), words(expected.rows))

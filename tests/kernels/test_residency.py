@@ -1,0 +1,41 @@
+"""The kernels of a hot set do what its tensors do, and attention by way of it changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from kernels.feeds import Feed, check_append, feeds
+from kernels.residencies import Steps, any_steps, check_residency
+from kernels.tensors import few
+
+CPU = torch.device("cpu")
+
+
+@few(25)
+@given(case=any_steps())
+@example(Steps(1, 1, 3))
+@example(Steps(130, 65, 200, lists_per_kv_head=3, candidates=70, drift=30))
+@example(Steps(64, 64, 128, fill=1.0, drift=64, candidates=9))
+def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
+    check_residency(case, CPU)
+
+
+@few(15)
+@given(feed=feeds(longest=300, longest_piece=4), data=st.data())
+def test_paired_rows_are_stored_and_indexed_as_others(feed: Feed, data: st.DataObject) -> None:
+    check_append(feed, CPU, is_paired=True)
+
+
+@pytest.mark.parametrize("index", ["rotated", "fier"])
+@pytest.mark.parametrize("prompt", [126, 511])
+def test_a_group_that_closes_reads_paired_keys(index: str, prompt: int) -> None:
+    from fierpatch.index import make_index
+
+    key_index = make_index(index, head_dim=64, bits=1, group_size=64, seed=0, refine_bits=0)
+    check_append(
+        Feed(key_index, prompt, prompt, (1, 1, 1), batch_size=2, num_kv_heads=2), CPU,
+        is_paired=True,
+    )  # fmt: skip
