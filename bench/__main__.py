@@ -6,7 +6,17 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NOT_BENCHES = {"__init__", "__main__", "peers", "prompts", "rows", "synthetic", "timing", "ways"}
+NOT_BENCHES = {
+    "__init__",
+    "__main__",
+    "drift",
+    "peers",
+    "prompts",
+    "rows",
+    "synthetic",
+    "timing",
+    "ways",
+}
 
 
 def main() -> int:

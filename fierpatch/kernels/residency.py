@@ -52,7 +52,6 @@ def place_kernel(
     step = tl.load(tally_ptr) + (0 if IS_PREFETCH else 1)
     now = (2 * step + (0 if IS_PREFETCH else 1)).to(tl.int32)
     held = tl.load(tokens_ptr + row, mask=row < num_rows, other=0)
-    stamp = tl.load(stamps_ptr + row, mask=row < num_rows, other=0)
     await_previous(IS_EARLY)
     start_next(IS_EARLY)
     token = tl.load(token_index_ptr + list_ * width + slot, mask=slot < width, other=EMPTY)
@@ -60,7 +59,11 @@ def place_kernel(
     found = tl.load(row_of_ptr + token, mask=is_used, other=EMPTY).to(tl.int32)
     is_hit = is_used & (found >= 0)
     before = tl.load(stamps_ptr + found, mask=is_hit, other=1)
-    tl.store(stamps_ptr + found, tl.maximum(before, now), mask=is_hit)
+    if IS_PREFETCH:
+        tl.store(stamps_ptr + found, tl.maximum(before, now), mask=is_hit)
+    else:
+        # Without a wait for what was there, which only the tally counts.
+        tl.store(stamps_ptr + found, tl.zeros([BLOCK_K], tl.int32) + now, mask=is_hit)
     tl.debug_barrier()
     stamp = tl.load(stamps_ptr + row, mask=row < num_rows, other=0)
 
@@ -79,10 +82,12 @@ def place_kernel(
     older = tl.sum(counts) - tl.cumsum(counts, 0)  # than each age
     last = tl.max(tl.where((older + counts >= num_missing) & (ages > 0), ages, 0))
     of_last = num_missing - tl.sum(tl.where(ages == last, older, 0))
-    is_last = (age == last).to(tl.int32)
-    leaves = (age > last) | ((age == last) & (tl.cumsum(is_last, 0) <= of_last))
-    leaves = leaves & (age > 0) & (num_missing > 0)
-    place_of_free = tl.cumsum(leaves.to(tl.int32), 0) - 1
+    # Two counts in one pass: rows so far that are older, and those of the last age.
+    is_older, is_last = age > last, age == last
+    so_far = tl.cumsum((is_older.to(tl.int64) << 32) + is_last.to(tl.int64), 0)
+    older_so_far, last_so_far = (so_far >> 32).to(tl.int32), so_far.to(tl.int32)
+    leaves = (is_older | (is_last & (last_so_far <= of_last))) & (age > 0) & (num_missing > 0)
+    place_of_free = older_so_far + tl.minimum(last_so_far, of_last) - 1
     tl.store(freed_ptr + place_of_free, row, mask=leaves)
     tl.debug_barrier()
     new = tl.load(freed_ptr + rank, mask=is_missing, other=0)

@@ -1,0 +1,283 @@
+"""What does it cost to keep K and V on the host, and what does it save?
+
+Whole decode steps of a model with random weights over a filled cache, compiled into one CUDA graph,
+with K and V on the device and on the host; queries turn so that consecutive selections overlap as
+asked. Prefill of a prompt both ways in turn, with its peak memory. And how well a gather from the
+host hides behind the weights of a layer. `--plot` draws the steps against context and overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fierpatch
+from bench import ways
+from bench.drift import Drift
+from bench.options import add_index, index_settings
+from bench.prefill_index import prefill
+from bench.rows import RESULTS, read, reason, save, table
+from bench.synthetic import SHAPES, fill, random_llama
+from bench.timing import queued, summary
+from fierpatch import FierCache, FierConfig
+from fierpatch.hot_set import MISSED, PREFETCHED, USED, USEFUL, HotSet
+from fierpatch.offload import MemoryPool
+from fierpatch.offload.memory import HostMemory
+
+WARM_UP = 8  # steps before the first sample, and after each change of the drift
+COLUMNS = ["what", "context", "overlap", "ms", "ms_p20", "ms_p80", "ratio", "hit", "device_mib"]
+
+
+def main(arguments: list[str]) -> None:
+    """Run the benchmark and print the rows."""
+    parser = argparse.ArgumentParser(prog="python -m bench offload", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a dry run")
+    parser.add_argument("--only", nargs="+", choices=("steps", "prefill", "hiding"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["resident", "offloaded"])
+    parser.add_argument("--context", type=int, nargs="+", default=[131_072])
+    parser.add_argument("--overlap", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.5, 0.0])
+    parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--hot-tokens", type=int, help="rows of the hot set; twice the budget")
+    add_index(parser)
+    parser.add_argument("--prompt", type=int, default=32_768, help="tokens of the prefill")
+    parser.add_argument("--rounds", type=int, default=3, help="of the prefill")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--backend", default="auto", help="of the operators")
+    parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
+    parser.add_argument("--output", type=Path, help="the file of rows")
+    parser.add_argument("--keep", action="store_true", help="keep the file's other rows")
+    parser.add_argument("--plot", type=Path, help="draw the file's rows to this image and stop")
+    options = parser.parse_args(arguments)
+    path = options.output or RESULTS / f"offload-{options.device}.jsonl"
+    if options.plot:
+        from bench.plot import steps_of_offload
+
+        print("drawn", steps_of_offload(read(path), options.plot))
+        return
+    parts = options.only or ["hiding", "steps", "prefill"]
+    settings = {
+        "budget": options.budget,
+        "hot_tokens": options.hot_tokens,
+        **index_settings(options),
+        "backend": options.backend,
+    }
+    earlier = read(path) if options.keep else []
+    rows: list[dict[str, Any]] = []
+
+    def keep(new: list[dict[str, Any]]) -> None:
+        """Save after each measurement, so that a run cut short keeps what it has."""
+        rows.extend(row | settings for row in new)
+        print(table(new, COLUMNS), flush=True)
+        for row in new:
+            if "reason" in row:
+                print(f"not measured: {row['what']}: {row['reason']}", flush=True)
+        measured = {(row["what"], row.get("context"), row.get("overlap")) for row in rows}
+        kept = [
+            row
+            for row in earlier
+            if (row["what"], row.get("context"), row.get("overlap")) not in measured
+        ]
+        save("offload", options.device, with_ratios(rows), path, kept=kept)
+
+    if "hiding" in parts:
+        keep(hiding(options))
+    if parts == ["hiding"]:
+        return
+    model = random_llama(options.model, options.device, options.layers)
+    with torch.no_grad():
+        if "steps" in parts:
+            for context in options.context:
+                for name in options.ways:
+                    ways.release(model)
+                    try:
+                        keep(steps(model, name, context, settings, options))
+                    except Exception as error:
+                        keep([{"what": name, "context": context, "reason": reason(error)}])
+        if "prefill" in parts:
+            ways.release(model)
+            keep(prefills(model, options, settings))
+    print(table(with_ratios(rows), COLUMNS))
+
+
+WAYS = {
+    "resident": {"offload": False},
+    "offloaded": {"offload": True},
+    "offloaded, prefetch": {"offload": True, "prefetch": True},
+}
+
+
+def steps(
+    model: Any, name: str, context: int, settings: dict[str, Any], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of one way and context: a row for each overlap."""
+    is_cuda = model.device.type == "cuda"
+    weights = torch.cuda.memory_allocated() if is_cuda else 0
+    count = len(options.overlap) * (options.steps + WARM_UP) + WARM_UP
+    plan = ways.Plan(context, count, compiler=options.compiler)
+    rows = []
+    with fierpatch.apply(model, **settings, **WAYS[name], compile=True) as handle:
+        cache = handle.new_cache(max_cache_len=plan.capacity)
+        fill(model, cache, context)
+        stores = cache.stores
+        sparse = [store for store in stores.values() if not store.is_dense]
+        drift = Drift(sparse, model.config.num_attention_heads)
+        forward = ways.compiled(model, plan)
+        token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+
+        def step() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            forward(token, past_key_values=cache)
+
+        for overlap in options.overlap:
+            found = drift.turn_for(overlap)
+            queued(step, device=str(model.device), count=1, warm_up=WARM_UP)
+            before = tallies(sparse)
+            samples = queued(step, device=str(model.device), count=options.steps, warm_up=0)
+            row: dict[str, Any] = {
+                "what": name,
+                "context": context,
+                "overlap": overlap,
+                "overlap_found": found,
+                **summary(samples, "ms"),
+                "steps": options.steps,
+                **hits(before, tallies(sparse)),
+            }
+            rows.append(row)
+        report = handle.report(cache)
+        dense = sum(store.store.device_nbytes for store in stores.values() if store.is_dense)
+        for row in rows:
+            row["kv_mib"] = report.kv_bytes / 2**20
+            row["host_mib"] = report.host_bytes / 2**20
+            row["dense_mib"] = dense / 2**20
+            if is_cuda:
+                # Activations and the graph's own memory are in it.
+                held = torch.cuda.memory_allocated() - weights - dense
+                row["device_mib"] = held / 2**20
+                row["device_share"] = held / report.kv_bytes
+    return rows
+
+
+def tallies(stores: list[Any]) -> torch.Tensor:
+    """The sum of all hot sets' tallies; zeros where there are none."""
+    found = [store.hot.tally.sum((0, 1)) for store in stores if store.hot is not None]
+    return torch.stack(found).sum(0).cpu() if found else torch.zeros(5, dtype=torch.int64)
+
+
+def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """What a hot set did in between."""
+    done = (after - before).tolist()
+    if not done[USED]:
+        return {}
+    return {
+        "hit": 1 - done[MISSED] / done[USED],
+        "prefetched": done[PREFETCHED] / done[USED],
+        "useful": done[USEFUL] / done[PREFETCHED] if done[PREFETCHED] else 0.0,
+    }
+
+
+def prefills(
+    model: Any, options: argparse.Namespace, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of one prompt, with K and V on the device and on the host in turn."""
+    torch.manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, options.prompt), device=model.device)
+    times: dict[str, list[float]] = {"prefill, resident": [], "prefill, offloaded": []}
+    peaks: dict[str, int] = {}
+    memory = MemoryPool()
+    config = FierConfig.from_dict(settings)
+    with fierpatch.apply(model, config):
+        for _ in range(options.rounds + 1):
+            for name in times:
+                own = config.replace(offload=name.endswith("offloaded"))
+                cache = FierCache(model.config, own, memory=memory)
+                milliseconds, peaks[name] = prefill(model, cache, ids)
+                times[name].append(milliseconds)
+                del cache
+    first = "prefill, resident"
+    rows = []
+    for name, samples in times.items():
+        row = {"what": name, "context": options.prompt, **summary(samples[1:], "ms")}
+        row |= {"first_ms": samples[0], "peak_mib": peaks[name] / 2**20}
+        row["saved_mib"] = (peaks[first] - peaks[name]) / 2**20
+        row["ratio"] = row["ms"] / statistics.median(times[first][1:])
+        rows.append(row)
+    return rows
+
+
+def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of the weights of four layers, alone and beside a gather of 4 MiB for each."""
+    from fierpatch.kernels import residency
+
+    device = torch.device(options.device)
+    sizes = SHAPES["llama-8b"]
+    hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], 4
+    width = 2 * hidden // sizes["num_attention_heads"]
+    heads, context, budget = sizes["num_key_value_heads"], 65_536, 1024
+    dtype = torch.bfloat16
+    kv = heads * width
+    shapes = [(hidden + kv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    weights = [
+        [torch.randn(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(layers)
+    ]
+    memory = HostMemory(context * heads * width * 2, device)
+    memory.grow(context * heads * width * 2)
+    paired = memory.on_device((context, 1, heads, width), dtype)
+    hot = HotSet.empty(2 * budget, context, 1, heads, width, paired)
+    lists = torch.stack([torch.randperm(context, device=device)[:budget] for _ in range(heads)])
+    lists = lists[None, :, None].contiguous()
+    places = residency.place(hot, lists).clone()
+    token = torch.randn(1, hidden, dtype=dtype, device=device)
+    side = torch.cuda.Stream(device, priority=-1)
+
+    def work(with_weights: bool, with_gather: bool) -> None:
+        main = torch.cuda.current_stream(device)
+        for layer in weights:
+            if with_gather:
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    residency.fetch(hot, places, lists, paired)
+            if with_weights:
+                for matrix in layer[:3]:
+                    torch.nn.functional.linear(token, matrix)
+                torch.nn.functional.linear(torch.cat([token] * 4, 1)[:, :inner], layer[3])
+            if with_gather:
+                main.wait_stream(side)
+
+    rows = []
+    names = {
+        "weights": (True, False),
+        "gather": (False, True),
+        "weights beside gather": (True,) * 2,
+    }
+    for name, what in names.items():
+        work(*what)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work(*what)
+        samples = queued(graph.replay, device=options.device, count=50)
+        rows.append({"what": name, "layers": layers, **summary(samples, "ms")})
+    for row in rows:
+        row["ratio"] = row["ms"] / rows[0]["ms"]
+    return rows
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each step's time over that of a resident one of the same context and overlap."""
+    resident = {
+        (row["context"], row["overlap"]): row["ms"]
+        for row in rows
+        if row["what"] == "resident" and "ms" in row
+    }
+    return [
+        row | {"ratio": row["ms"] / resident[key]}
+        if "ms" in row and (key := (row.get("context"), row.get("overlap"))) in resident
+        else row
+        for row in rows
+    ]
