@@ -64,7 +64,7 @@ class Drift:
             for each in (query, correlation * query + turn * noise):
                 _, chosen = store.operators.attend(
                     each.to(store.keys.dtype), store.store.rows, store.state, store.counters,
-                    None, None, self.scale, 0.0,
+                    None, None, self.scale, 0.0, None,
                 )  # fmt: skip
                 lists.append(chosen.flatten(0, 2).tolist())
             for one, other in zip(*lists, strict=True):

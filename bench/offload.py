@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
 WAYS = {
     "resident": {"offload": False},
     "offloaded": {"offload": True},
-    "offloaded, no prefetch": {"offload": True, "prefetch": False},
+    "offloaded, prefetch": {"offload": True, "prefetch": True},
 }
 
 

@@ -50,8 +50,6 @@ class FierConfig:
             stays on the device, with the rows that each list selected last.
             ``cache_implementation="offloaded"`` or ``"offloaded_static"`` does it for one call.
         hot_tokens: how many such rows a list, at least the budget; None means twice the budget.
-        prefetch: while a layer computes, look up beside it where the next one's rows on the host
-            are. Nothing but time depends on it.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
             ``"reference"`` (plain PyTorch, anywhere) or ``"auto"``: Triton where it can run.
         seed: seed of the rotation's random signs.
@@ -75,7 +73,6 @@ class FierConfig:
     compile: bool = False
     offload: bool = False
     hot_tokens: int | None = None
-    prefetch: bool = True
     backend: str = "auto"
     seed: int = 0
 
@@ -91,7 +88,7 @@ class FierConfig:
             ("seed", 0),
         ):
             _check_integer(name, getattr(self, name), least)
-        for name in ("per_query_head", "compile", "offload", "prefetch"):
+        for name in ("per_query_head", "compile", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.budget < self.sinks + self.recent:

@@ -24,7 +24,7 @@ INTEGERS = {  # and the least that each may be
     "max_query_length": 1,
     "seed": 0,
 }
-FLAGS = ("per_query_head", "compile", "offload", "prefetch")
+FLAGS = ("per_query_head", "compile", "offload")
 
 
 @st.composite
@@ -49,7 +49,6 @@ def configs(draw: st.DrawFn) -> FierConfig:
         per_query_head=draw(st.booleans()),
         max_query_length=draw(st.integers(1, 10**6)),
         compile=draw(st.booleans()),
-        prefetch=draw(st.booleans()),
         offload=draw(st.booleans()) and not (refine and refine_bits == "exact"),
         hot_tokens=draw(st.none() | st.integers(budget, 3 * budget)),
         backend=draw(st.sampled_from(("auto", "triton", "reference"))),

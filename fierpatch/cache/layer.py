@@ -15,7 +15,7 @@ from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex, map_batch, resize
 from fierpatch.offload import DeviceStore, HostStore, Store
 from fierpatch.ops.library import check_capacity
-from fierpatch.ops.operators import Operators, ReferenceOperators, Tier, layer_index
+from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
 
@@ -58,8 +58,7 @@ class LayerCache:
         if is_static and max_positions is not None:
             self.capacity = min(self.capacity, max_positions)
         self.is_offloaded = config.offload and not is_dense
-        self.next: weakref.ref[LayerCache] | None = None  # of the offloaded layers
-        self._is_first = self.is_offloaded and self._shared.enlist(self)
+        self._is_last = self._shared.enlist() if self.is_offloaded else lambda: False
         # For prompts that are compiled too: then masks are made for the whole capacity.
         self.hands_out_all = False
         self.observer: Observer | None = None
@@ -167,7 +166,7 @@ class LayerCache:
             if stored:
                 keys, values = store.read(key, value, stored)
             store.send(key, value, stored)
-            if self.next is None:
+            if self._is_last():
                 store.join()
             self.counters[0].fill_(stop)
         else:
@@ -241,9 +240,9 @@ class LayerCache:
             return self.operators.attend_all(
                 query, rows, self.counters, visible, sink_logits, scale, softcap
             )
-        tier = self._tier_for(query) if self.is_offloaded else None
+        hot = self._hot_for(query) if self.is_offloaded else None
         output, token_indices = self.operators.attend(
-            query, rows, self.state, self.counters, visible, sink_logits, scale, softcap, tier
+            query, rows, self.state, self.counters, visible, sink_logits, scale, softcap, hot
         )
         if self.observer is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
@@ -353,21 +352,11 @@ class LayerCache:
         assert self.store is not None, "nothing was stored yet"
         return self.store
 
-    def _tier_for(self, query: Tensor) -> Tier | None:
-        """For one query a list; what more of them select is read from the host."""
+    def _hot_for(self, query: Tensor) -> HotSet | None:
+        """The hot set, for one query a list; what more of them select is read from the host."""
         if self.hot is None and not _is_recorded(query):
             self._make_hot(query.shape[1])
-        if self.hot is None or query.shape[2] > 1:
-            return None
-        if not self.config.prefetch:
-            return Tier(self.hot)
-        other = self.next() if self.next is not None else None
-        ahead = None
-        if other is not None and other.store is not None:
-            ahead = other.store.rows[0]
-            if ahead.device != query.device:
-                ahead = None
-        return Tier(self.hot, ahead, self._is_first)
+        return self.hot if query.shape[2] == 1 else None
 
     def _make_hot(self, num_lists: int) -> None:
         batch_size, _, _, head_dim = self.keys.shape

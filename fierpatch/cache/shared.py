@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ from fierpatch.offload import MemoryPool, Transfer
 from fierpatch.ops.operators import Operators, ReferenceOperators, choose_backend
 
 if TYPE_CHECKING:
-    from fierpatch.cache.layer import LayerCache
     from fierpatch.ops.kernel_operators import Workspace
 
 
@@ -30,15 +29,13 @@ class Shared:
     workspaces: dict[torch.device, Workspace] = field(default_factory=dict)
     transfer: Transfer = field(default_factory=Transfer)
     memory: MemoryPool = field(default_factory=MemoryPool)
-    newest: weakref.ref[LayerCache] | None = None  # of the offloaded layers
+    num_offloaded: int = 0
 
-    def enlist(self, layer: LayerCache) -> bool:
-        """Put an offloaded layer behind those before it; says whether it is the first."""
-        before = self.newest() if self.newest is not None else None
-        if before is not None:
-            before.next = weakref.ref(layer)
-        self.newest = weakref.ref(layer)
-        return before is None
+    def enlist(self) -> Callable[[], bool]:
+        """Count one more offloaded layer; the function says whether it is the last of all."""
+        self.num_offloaded += 1
+        number = self.num_offloaded
+        return lambda: number == self.num_offloaded
 
     def operators(self, config: FierConfig, key: Tensor, value: Tensor) -> Operators:
         """The operators of a layer with such keys and values.

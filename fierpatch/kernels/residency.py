@@ -12,13 +12,10 @@ from torch import Tensor
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels.constants import EMPTY, MISSING, OLDEST
 from fierpatch.kernels.early import await_previous, can_start_early, start_next
-from fierpatch.kernels.launch import Specialization, is_interpreted
+from fierpatch.kernels.launch import Specialization
 
 _AGES = 128  # what an age may be, an empty row's included
 _FETCH_BLOCK = 32  # tokens that a program fetches at once
-_PAGE = 64 << 10  # bytes that a GPU looks up at once, however the host's pages are
-_MOST_TOUCHED = 1 << 30  # bytes; more pages than that and the last would push out the first
-_TOUCH_PROGRAMS = 8
 _FETCH_PROGRAMS = 16  # so few that they leave the multiprocessors to what runs beside them
 
 
@@ -145,65 +142,6 @@ def fetch_kernel(
         tl.store(target_ptr[:, None] + channel[None, :], rows, mask=mask)
 
 
-@triton.jit(do_not_specialize=["token_size", "capacity"])
-def touch_kernel(
-    rows_ptr,
-    counters_ptr,
-    token_size,
-    capacity,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Read one number of every page that holds a token, which are `token_size` numbers each.
-
-    The page is then found in a fraction of the time when its rows are asked for.
-    """
-    stored = tl.minimum(tl.load(counters_ptr), capacity)
-    pages = tl.cdiv(stored * token_size, PAGE)
-    for first in range(tl.program_id(0) * BLOCK_N, pages, tl.num_programs(0) * BLOCK_N):
-        page = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
-        place_ptr = rows_ptr + page * PAGE
-        number = tl.load(place_ptr, mask=page < pages, other=0.0)
-        # Never so, but the compiler does not know, and keeps the loads.
-        tl.store(place_ptr, number, mask=(page < pages) & (stored < 0))
-
-
-def touch(paired: Tensor, counters: Tensor) -> None:
-    """Have the device look up where paired rows ``[C, B, H, D + Dv]`` of the host are.
-
-    An H100 keeps the addresses of some 64K pages of 64 KiB; to look up one that it does not have
-    takes as long as to read half a row.
-    """
-    if paired.nbytes > _MOST_TOUCHED:
-        return
-    touch_specialization(paired.dtype).launch(
-        (_TOUCH_PROGRAMS, 1, 1), paired, counters, paired[0].numel(), paired.shape[0]
-    )
-
-
-def look_ahead(ahead: Tensor | None, counters: Tensor, *, is_first: bool) -> None:
-    """`touch` the rows of the next layer beside what the current stream does from now on.
-
-    Each layer waits for what the one before it started, which has long been done, so that a step
-    that is captured ends with nothing under way.
-
-    Args:
-        ahead: None where there is no next layer.
-        counters: of this layer; the next one has as many tokens.
-        is_first: whether no layer before it has started anything.
-    """
-    if is_interpreted or (ahead is None and is_first):
-        return
-    device = counters.device
-    main, side = torch.cuda.current_stream(device), side_stream(device)
-    if not is_first:
-        main.wait_stream(side)
-    if ahead is not None:
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            touch(ahead, counters)
-
-
 def place(hot: HotSet, token_indices: Tensor, *, is_prefetch: bool = False) -> Tensor:
     """See `fierpatch.hot_set.place`; token_indices int64 and contiguous."""
     batch_size, num_lists, _, width = token_indices.shape
@@ -230,19 +168,6 @@ def fetch(hot: HotSet, places: Tensor, token_indices: Tensor, paired: Tensor) ->
 
 
 @cache
-def touch_specialization(dtype: torch.dtype) -> Specialization:
-    """Of `touch_kernel`."""
-    constants = {"PAGE": _PAGE // dtype.itemsize, "BLOCK_N": 128}
-    return Specialization(touch_kernel, constants, num_warps=4)
-
-
-@cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where a device does what runs beside its steps, its few programs before others."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
-@cache
 def place_specialization(
     width: int, num_rows: int, dtype: torch.dtype, is_prefetch: bool, is_early: bool
 ) -> Specialization:
@@ -254,7 +179,7 @@ def place_specialization(
         "IS_PREFETCH": is_prefetch,
         "IS_EARLY": is_early and not is_prefetch,
     }
-    num_warps = min(max(constants["BLOCK_R"] // 128, 4), 32)
+    num_warps = min(max(constants["BLOCK_R"] // 64, 4), 32)
     return Specialization(
         place_kernel, constants, num_warps=num_warps, is_early=bool(constants["IS_EARLY"])
     )

@@ -38,8 +38,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "triton_attend_hot(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor token_indices, "
-    "Tensor counters, Tensor(b!) arrivals, Tensor? sink_logits, float scale, float softcap, "
-    "Tensor? ahead, bool is_first) -> Tensor",
+    "Tensor counters, Tensor(b!) arrivals, Tensor? sink_logits, float scale, float softcap) "
+    "-> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -128,23 +128,14 @@ def _attend_hot(
     sink_logits: Tensor | None,
     scale: float,
     softcap: float,
-    ahead: Tensor | None,
-    is_first: bool,
 ) -> Tensor:
-    """As `_attend` for one query, by way of a hot set that it updates.
-
-    Args:
-        ahead: paired rows of the next offloaded layer.
-        is_first: whether no offloaded layer is before this one.
-    """
+    """As `_attend` for one query, by way of a hot set that it updates."""
     hot_set = HotSet(*hot)
     places = residency.place(hot_set, token_indices)
-    output = attention.gather_attention(
+    return attention.gather_attention(
         query, *split([paired], query.shape[3]), token_indices, scale=scale, softcap=softcap,
         sink_logits=sink_logits, counters=counters, arrivals=arrivals, hot=(hot_set.rows, places),
     )  # fmt: skip
-    residency.look_ahead(ahead, counters, is_first=is_first)
-    return output
 
 
 def _attend_all(

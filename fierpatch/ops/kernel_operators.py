@@ -10,6 +10,7 @@ from torch import Tensor
 import fierpatch.ops.kernel_library  # noqa: F401  (registers torch.ops.fierpatch)
 from fierpatch.config import FierConfig
 from fierpatch.errors import BackendError
+from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, residency, retrieve
@@ -17,7 +18,7 @@ from fierpatch.kernels.launch import check_device, is_interpreted
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibrate_prompt
-from fierpatch.ops.operators import Tier, index_arguments, layer_index
+from fierpatch.ops.operators import index_arguments, layer_index
 from fierpatch.rows import split
 
 _MOST_GROUPS = 128  # query heads a KV head, for lists of their own
@@ -151,7 +152,7 @@ class KernelOperators:
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
-        tier: Tier | None = None,
+        hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
         config = self.config
@@ -163,11 +164,11 @@ class KernelOperators:
                 config.per_query_head, scale, softcap, config.refine, candidate_keys,
             )  # fmt: skip
             rest = (token_indices, counters, self.arrivals, sink_logits, scale, softcap)
-            if tier is None:
+            if hot is None:
                 output = torch.ops.fierpatch.triton_attend.default(query, rows, *rest)
             else:
                 output = torch.ops.fierpatch.triton_attend_hot.default(
-                    query, rows[0], tier.hot.tensors, *rest, tier.ahead, tier.is_first
+                    query, rows[0], hot.tensors, *rest
                 )
             return output, token_indices
         shape = self._shape_of(query, state[0])
@@ -177,16 +178,12 @@ class KernelOperators:
             sinks=config.sinks, recent=config.recent, sink_logits=sink_logits,
             keys=candidate_keys,
         )  # fmt: skip
-        hot = None
-        if tier is not None:
-            hot = tier.hot.rows, residency.place(tier.hot, token_indices)
+        placed = None if hot is None else (hot.rows, residency.place(hot, token_indices))
         output = attention.gather_attention(
             query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
-            allocate=self._allocate, hot=hot,
+            allocate=self._allocate, hot=placed,
         )  # fmt: skip
-        if tier is not None:
-            residency.look_ahead(tier.ahead, counters, is_first=tier.is_first)
         return output, token_indices
 
     def attend_all(

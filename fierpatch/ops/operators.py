@@ -19,21 +19,6 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
 
 
-@dataclass(frozen=True)
-class Tier:
-    """What one step of an offloaded layer works on beside its rows.
-
-    Args:
-        hot: the rows on the device.
-        ahead: paired rows of the next offloaded layer, if there is one and it may be looked up.
-        is_first: whether no offloaded layer is before this one, or none looks ahead.
-    """
-
-    hot: HotSet
-    ahead: Tensor | None = None
-    is_first: bool = True
-
-
 class Operators(Protocol):
     """What a layer's cache does with its tensors.
 
@@ -94,12 +79,12 @@ class Operators(Protocol):
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
-        tier: Tier | None = None,
+        hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Retrieval attention: ``[B, T, Hq, Dv]`` and the token indices.
 
         Args:
-            tier: of an offloaded layer, for one query; what is missing there is fetched.
+            hot: of an offloaded layer, for one query; what is missing there is fetched.
         """
 
     def attend_all(
@@ -172,7 +157,7 @@ class ReferenceOperators:
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
-        tier: Tier | None = None,
+        hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
         config = self.config
@@ -181,13 +166,13 @@ class ReferenceOperators:
             config.sinks, config.recent, config.per_query_head, scale, softcap,
             config.refine, rows[0] if config.refines_by_keys else None,
         )  # fmt: skip
-        if tier is None:
+        if hot is None:
             output = torch.ops.fierpatch.attend.default(
                 query, rows, token_indices, sink_logits, scale, softcap
             )
         else:
             output = torch.ops.fierpatch.attend_hot.default(
-                query, rows[0], tier.hot.tensors, token_indices, sink_logits, scale, softcap
+                query, rows[0], hot.tensors, token_indices, sink_logits, scale, softcap
             )
         return output, token_indices
 
