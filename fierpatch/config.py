@@ -50,6 +50,8 @@ class FierConfig:
             stays on the device, with the rows that each list selected last.
             ``cache_implementation="offloaded"`` or ``"offloaded_static"`` does it for one call.
         hot_tokens: how many such rows a list, at least the budget; None means twice the budget.
+        prefetch: fetch ahead what the next layer will probably select, on a stream of its own; the
+            result does not depend on it. For `offload`.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
             ``"reference"`` (plain PyTorch, anywhere) or ``"auto"``: Triton where it can run.
         seed: seed of the rotation's random signs.
@@ -73,6 +75,7 @@ class FierConfig:
     compile: bool = False
     offload: bool = False
     hot_tokens: int | None = None
+    prefetch: bool = False
     backend: str = "auto"
     seed: int = 0
 
@@ -88,7 +91,7 @@ class FierConfig:
             ("seed", 0),
         ):
             _check_integer(name, getattr(self, name), least)
-        for name in ("per_query_head", "compile", "offload"):
+        for name in ("per_query_head", "compile", "offload", "prefetch"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.budget < self.sinks + self.recent:
@@ -140,6 +143,11 @@ class FierConfig:
             raise ConfigError(
                 "refine_bits='exact' reads the keys of all candidates, which offload=True keeps on "
                 "the host: choose refine_bits=2, 3 or 4, whose codes stay on the device"
+            )
+        if self.prefetch and not self.offload:
+            raise ConfigError(
+                "prefetch=True fetches K and V from the host, where offload=False keeps none: set "
+                "offload=True too, or prefetch=False"
             )
         if self.backend in PLANNED_BACKENDS:
             raise NotYetSupportedError(

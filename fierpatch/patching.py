@@ -16,6 +16,7 @@ from fierpatch.errors import ConfigError, FierError, NotYetSupportedError
 from fierpatch.hf import attention, support
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.generation import prepare_cache
+from fierpatch.hf.lookahead import Lookahead, plan
 from fierpatch.hf.pool import StaticPool
 from fierpatch.offload import MemoryPool
 from fierpatch.report import Report, report
@@ -64,10 +65,10 @@ def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handl
     inner = support.unwrap(model)
     earlier = current_handle(inner)
     if earlier is None:
-        support.check_model(inner)
+        _check(inner, settings)
     else:
         with earlier.disabled():
-            support.check_model(inner)
+            _check(inner, settings)
         earlier.remove()
     handle = Handle(inner, settings)
     handle._attach()
@@ -102,6 +103,7 @@ class Handle:
         self._name: str | None = None
         self._bases: list[tuple[Any, Any]] = []
         self._stashed: dict[str, Any] = {}
+        self._lookahead = Lookahead()
         self._facts: dict[int, LayerFacts] = {}
         self._pool = StaticPool()
         self._memory = MemoryPool()
@@ -197,6 +199,7 @@ class Handle:
                 duplicate = deepcopy(config, memo)
                 duplicate._attn_implementation_internal = handle._name
                 handle._bases.append((duplicate, base))
+            handle._lookahead = deepcopy(self._lookahead, memo)
         return handle
 
     def __reduce__(self) -> Any:
@@ -206,6 +209,7 @@ class Handle:
 
     def _attach(self) -> None:
         model = self.model
+        hooks = plan(model, self.config)  # which may fail, where the model was changed
         configs = support.attention_configs(model)
         base = configs[0]._attn_implementation or "eager"
         self._register(base)
@@ -216,12 +220,14 @@ class Handle:
         self._stashed = {
             name: model.__dict__.pop(name) for name in _COMPILED if name in model.__dict__
         }
+        self._lookahead = Lookahead(hooks)
         model.__dict__[_HANDLE] = self
         model.__dict__[_PREPARE] = self._prepare_cache
         model.__dict__[_CONTINUOUS] = self._refuse_continuous_batching
 
     def _detach(self) -> None:
         name, self._name = self._name, None
+        self._lookahead.remove()
         model = self._model()
         if model is not None:
             for attribute in (_HANDLE, _PREPARE, _CONTINUOUS, *_COMPILED):
@@ -281,6 +287,11 @@ class Handle:
         )
         if cache is not None:
             self._facts = cache.facts
+
+
+def _check(model: Any, settings: FierConfig) -> None:
+    support.check_model(model)
+    plan(model, settings)
 
 
 def _clear(name: str, pool: StaticPool, memory: MemoryPool) -> None:

@@ -24,7 +24,7 @@ INTEGERS = {  # and the least that each may be
     "max_query_length": 1,
     "seed": 0,
 }
-FLAGS = ("per_query_head", "compile", "offload")
+FLAGS = ("per_query_head", "compile", "offload", "prefetch")
 
 
 @st.composite
@@ -36,6 +36,7 @@ def configs(draw: st.DrawFn) -> FierConfig:
     has_codes = not refine or (index, bits) == ("rotated", 1)
     refine_bits = draw(st.sampled_from((2, 3, 4, "exact") if has_codes else ("exact",)))
     budget = sinks + recent + draw(st.integers(0, 10**6))
+    offload = draw(st.booleans()) and not (refine and refine_bits == "exact")
     return FierConfig(
         budget=budget,
         sinks=sinks,
@@ -49,8 +50,9 @@ def configs(draw: st.DrawFn) -> FierConfig:
         per_query_head=draw(st.booleans()),
         max_query_length=draw(st.integers(1, 10**6)),
         compile=draw(st.booleans()),
-        offload=draw(st.booleans()) and not (refine and refine_bits == "exact"),
+        offload=offload,
         hot_tokens=draw(st.none() | st.integers(budget, 3 * budget)),
+        prefetch=offload and draw(st.booleans()),
         backend=draw(st.sampled_from(("auto", "triton", "reference"))),
         seed=draw(st.integers(0, 2**40)),
     )
@@ -154,6 +156,7 @@ def test_a_group_is_at_least_a_plane(group_size: int) -> None:
         ({"refine_bits": "all"}, ["refine_bits='all'", "exact"]),
         ({"refine": 4, "bits": 2}, ["refine_bits=4", "bits=2", "'exact'"]),
         ({"refine": 4, "index": "fier"}, ["refine_bits=4", "index='fier'", "'exact'"]),
+        ({"prefetch": True}, ["prefetch=True", "offload=True"]),
         ({"index": "rotate"}, ["index", "did you mean 'rotated'?"]),
         ({"backend": "referense"}, ["backend", "did you mean 'reference'?"]),
     ],

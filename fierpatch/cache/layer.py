@@ -248,6 +248,14 @@ class LayerCache:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
 
+    def prefetch(self, query: Tensor) -> None:
+        """Fetch what the next step will probably select; no result depends on it.
+
+        Args:
+            query: ``[B, Hq, 1, D]``, an estimate of the next step's, after RoPE.
+        """
+        raise NotImplementedError
+
     def allocate(self, key: Tensor, value: Tensor) -> None:
         """Allocate for tensors shaped, typed and placed like these, whatever their length.
 

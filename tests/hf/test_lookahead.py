@@ -1,0 +1,391 @@
+"""Each layer has the next one fetch ahead, by the query that this would have if it changed nothing.
+
+What fetches is replaced by what records: here the estimate is tested, and when it is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import PreTrainedModel
+
+import fierpatch
+from fierpatch import FierConfig
+from fierpatch.cache import LayerCache
+from fierpatch.errors import FierError, ModelError, UnsupportedModelError
+from hf.any_model import MODEL_TYPES, any_model
+from hf.fingerprint import fingerprint, registered
+from hf.models import FAMILIES, left_padded, prompt, tiny_model
+
+SETTINGS = FierConfig(budget=24, dense_layers=0, offload=True, prefetch=True)
+NUM_STEPS = 5
+# Each must be estimated: neither skipped nor refused.
+MUST_WORK = (
+    *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
+    *("gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "qwen2", "qwen3"),
+    *("qwen3_moe", "smollm3", "starcoder2"),
+)
+# Their queries come from a fused projection, or from layers that are not in a list of that name.
+MUST_BE_REFUSED = ("gpt2", "gpt_neox", "phi3", "qwen3_next")
+
+Estimates = list[tuple[LayerCache, Tensor]]
+
+
+@pytest.fixture
+def estimates(monkeypatch: pytest.MonkeyPatch) -> Estimates:
+    """What layers were asked to fetch by, in order."""
+    recorded: Estimates = []
+    monkeypatch.setattr(
+        LayerCache, "prefetch", lambda self, query: recorded.append((self, query.clone()))
+    )
+    return recorded
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def idle(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, each of whose layers attends, and then passes on what entered it."""
+
+    def pass_on(module: Any, inputs: Any, output: Any) -> Any:
+        return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+
+    for layer in model.get_decoder().layers:
+        layer.register_forward_hook(pass_on)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(1)
+        for weight in model.parameters():
+            if weight.ndim == 1:  # norms and biases, which are all alike in a new model
+                weight.normal_()
+    return model
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, handle: fierpatch.Handle) -> list[tuple[int, Tensor]]:
+    """A prompt with padding, then single tokens: the true queries, by layer and in order."""
+    cache = handle.new_cache()
+    numbers = {id(store): number for number, store in cache.stores.items()}
+    queries: list[tuple[int, Tensor]] = []
+    cache.observe(lambda layer, query, *rest: queries.append((numbers[id(layer)], query.clone())))
+    inputs = left_padded(40 + NUM_STEPS, (0, 9))
+    for start, stop in [(0, 40), *((stop - 1, stop) for stop in range(41, 41 + NUM_STEPS))]:
+        mask = inputs["attention_mask"][:, :stop]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        model(
+            inputs["input_ids"][:, start:stop],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return queries
+
+
+def assert_estimated(model: PreTrainedModel, estimates: Estimates) -> None:
+    """Each query but the first layer's was estimated, in order, and to rounding."""
+    with fierpatch.apply(model, SETTINGS) as handle:
+        queries = [(number, query) for number, query in decode(model, handle) if number > 0]
+    assert len(estimates) == len(queries) > 0
+    for (_, estimate), (_, query) in zip(estimates, queries, strict=True):
+        assert estimate.shape == query.shape
+        rounding = 4 * torch.finfo(query.dtype).eps * query.abs().max()
+        assert (estimate - query).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_is_the_query_where_the_layer_before_changes_nothing(
+    family: str, estimates: Estimates
+) -> None:
+    assert_estimated(idle(tiny_model(family)), estimates)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_any_model_is_estimated_or_refused(model_type: str, estimates: Estimates) -> None:
+    try:
+        model = any_model(model_type)
+        fierpatch.apply(model).remove()
+    except Exception as error:
+        assert model_type not in MUST_WORK
+        pytest.skip(f"cannot be patched: {type(error).__name__}: {str(error)[:200]}")
+    before = fingerprint(model), registered()
+    message = refusal(model)
+    assert (fingerprint(model), registered()) == before
+    if message is not None:
+        assert model_type not in MUST_WORK
+        assert "prefetch=False" in message
+    else:
+        assert model_type not in MUST_BE_REFUSED
+        assert_estimated(idle(model), estimates)
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    try:
+        fierpatch.apply(model, SETTINGS).remove()
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def test_each_offloaded_layer_is_asked_once_a_step_and_never_for_a_prompt(
+    estimates: Estimates,
+) -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS, dense_layers=2) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(40), past_key_values=cache)
+        model(prompt(30), past_key_values=cache)
+        model(prompt(3), past_key_values=cache)  # as in assisted decoding
+        assert not estimates
+        for step in range(1, 4):
+            model(prompt(1), past_key_values=cache)
+            layers = [layer for layer, _ in estimates]
+            assert layers == [cache.stores[2], cache.stores[3]] * step
+
+
+def test_the_first_token_of_a_cache_asks_nothing(estimates: Estimates) -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS) as handle, torch.no_grad():
+        model(prompt(1), past_key_values=handle.new_cache())
+    assert not estimates
+
+
+def test_only_a_cache_that_is_to_fetch_ahead_is_asked(estimates: Estimates) -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS) as handle, torch.no_grad():
+        others = [
+            fierpatch.FierCache(model.config, SETTINGS.replace(prefetch=False)),
+            fierpatch.FierCache(model.config, SETTINGS.replace(prefetch=False, offload=False)),
+            None,
+        ]
+        for cache in others:
+            model.generate(
+                prompt(40), past_key_values=cache, max_new_tokens=4, use_cache=bool(cache)
+            )
+        assert not estimates
+        with handle.disabled():
+            model.generate(prompt(40), max_new_tokens=4)
+        assert not estimates
+        model.generate(prompt(40), max_new_tokens=4)
+        assert estimates
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_result_is_that_without(family: str, estimates: Estimates) -> None:
+    model = tiny_model(family)
+    options = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+    with fierpatch.apply(model, SETTINGS, prefetch=False):
+        without = model.generate(prompt(40), **options)
+    assert not estimates
+    with fierpatch.apply(model, SETTINGS):
+        result = model.generate(prompt(40), **options)
+    assert estimates
+    assert torch.equal(torch.stack(result.logits), torch.stack(without.logits))
+
+
+@pytest.mark.parametrize("model_type", MUST_BE_REFUSED)
+def test_a_model_that_is_refused_keeps_the_patch_it_had(model_type: str) -> None:
+    model = any_model(model_type)
+    with fierpatch.apply(model, dense_layers=0) as handle:
+        before = fingerprint(model), registered()
+        with pytest.raises(UnsupportedModelError, match="prefetch=False"):
+            fierpatch.apply(model, SETTINGS)
+        assert handle.is_attached
+        # Under other names, since it was taken off to look at the model beneath.
+        assert len(registered()) == len(before[1])
+        assert fingerprint(model)["hooks"] == before[0]["hooks"]
+        assert fingerprint(model)["attributes"] == before[0]["attributes"]
+
+
+def test_a_model_of_no_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    attention = type(model.model.layers[1].self_attn)
+    written = {"__module__": attention.__module__}
+    exec("def forward(self, hidden_states, **options): return hidden_states, None", written)
+    unreadable = type("Unreadable", (attention,), {"forward": written["forward"]})
+    model.model.layers[1].self_attn.__class__ = unreadable
+    with pytest.raises(UnsupportedModelError, match="Unreadable"):
+        fierpatch.apply(model, SETTINGS)
+
+
+def test_weights_that_come_and_go_are_refused() -> None:
+    """As those of a layer that accelerate loads for the time it runs."""
+    model = tiny_model("llama").to("meta")
+    fierpatch.apply(model, SETTINGS, prefetch=False).remove()
+    with pytest.raises(UnsupportedModelError, match="prefetch=False"):
+        fierpatch.apply(model, SETTINGS)
+
+
+def test_no_layer_to_fetch_for_is_no_error(estimates: Estimates) -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS, dense_layers=4):
+        model.generate(prompt(40), max_new_tokens=4)
+    assert not estimates
+
+
+class TestUndo:
+    def test_nothing_stays(self, estimates: Estimates) -> None:
+        model = tiny_model("llama")
+        model.generate(prompt(40), max_new_tokens=3)
+        before = fingerprint(model), registered()
+        handle = fierpatch.apply(model, SETTINGS)
+        patched = fingerprint(model)["hooks"]
+        assert patched != before[0]["hooks"]
+        with handle.disabled():
+            assert (fingerprint(model), registered()) == before
+        assert fingerprint(model)["hooks"] == patched
+        again = fierpatch.apply(model, SETTINGS)
+        assert fingerprint(model)["hooks"] == patched
+        handle.remove()
+        assert fingerprint(model)["hooks"] == patched
+        model.generate(prompt(40), max_new_tokens=3)
+        again.remove()
+        assert (fingerprint(model), registered()) == before
+
+    def test_hooks_of_others_stay(self, estimates: Estimates) -> None:
+        model = tiny_model("llama")
+        seen = []
+        layer = model.model.layers[0]
+        layer.register_forward_pre_hook(lambda *inputs: seen.append(0))
+        with fierpatch.apply(model, SETTINGS):
+            model.generate(prompt(40), max_new_tokens=2)
+        assert len(layer._forward_pre_hooks) == 1
+        assert len(seen) == 2
+
+    def test_a_copy_has_hooks_of_its_own(self, estimates: Estimates) -> None:
+        model = tiny_model("gemma3")
+        before = fingerprint(model)
+        handle = fierpatch.apply(model, SETTINGS)
+        duplicate = copy.deepcopy(model)
+        assert fingerprint(duplicate)["hooks"] == fingerprint(model)["hooks"]
+        with torch.no_grad():
+            duplicate.model.layers[1].self_attn.q_proj.weight.zero_()
+        decode(model, handle)
+        assert all(query.any() for _, query in estimates)
+        estimates.clear()
+        handle.remove()
+        assert fingerprint(model) == before
+        copied = duplicate.__dict__["_fierpatch_handle"]
+        decode(duplicate, copied)
+        assert [bool(query.any()) for _, query in estimates] == [False, True, True] * NUM_STEPS
+        copied.remove()
+        assert fingerprint(duplicate)["hooks"] == before["hooks"]
+
+    def test_a_copy_of_a_disabled_model_has_none(self) -> None:
+        model = tiny_model("llama")
+        before = fingerprint(model)["hooks"]
+        with fierpatch.apply(model, SETTINGS).disabled():
+            assert fingerprint(copy.deepcopy(model))["hooks"] == before
+
+    def test_a_deep_model_can_be_copied(self) -> None:
+        """Each hook knows the next layer, which has a hook."""
+        model = tiny_model("llama", num_hidden_layers=150)
+        with fierpatch.apply(model, SETTINGS):
+            fierpatch.remove(copy.deepcopy(model))
+
+    def test_a_copied_part_of_a_model_fetches_nothing(self, estimates: Estimates) -> None:
+        model = tiny_model("llama")
+        with fierpatch.apply(model, SETTINGS) as handle:
+            part = copy.deepcopy(model.model)
+            model.model = part
+            decode(model, handle)
+        assert not estimates
+
+    def test_a_part_of_a_patched_model_is_not_pickled(self) -> None:
+        model = tiny_model("llama")
+        with fierpatch.apply(model, SETTINGS), pytest.raises(FierError, match="pickled"):
+            pickle.dumps(model.model)
+
+    def test_a_deleted_model_is_freed_at_once(self, estimates: Estimates) -> None:
+        model = tiny_model("gemma3")
+        handle = fierpatch.apply(model, SETTINGS)
+        model.generate(prompt(40), max_new_tokens=3)
+        estimates.clear()
+        gc.collect()
+        gc.disable()
+        try:
+            weights = [weakref.ref(weight) for weight in model.parameters()]
+            layers = [weakref.ref(layer) for layer in model.model.layers]
+            del model
+            assert not [each for each in (*weights, *layers) if each() is not None]
+        finally:
+            gc.enable()
+        handle.remove()
+
+    def test_a_model_changed_while_disabled_is_looked_at_again(self) -> None:
+        model = tiny_model("llama")
+        handle = fierpatch.apply(model, SETTINGS)
+        before = registered()
+        layers = model.model.layers
+
+        def disable_and_change() -> None:
+            with handle.disabled():
+                del model.model.layers
+
+        with pytest.raises(ModelError, match="layer 1"):
+            disable_and_change()
+        assert not handle.is_attached
+        model.model.layers = layers
+        handle.remove()
+        assert len(registered()) == len(before) - 2
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("family", "num_graphs"), [("llama", 1), ("qwen3", 1), ("gemma3", 2)])
+def test_a_step_with_its_estimates_is_one_graph(
+    family: str, num_graphs: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as without; see the tests of compiling."""
+
+    def keep(self: LayerCache, query: Tensor) -> None:
+        self.facts.__dict__["estimate"].copy_(query)
+
+    monkeypatch.setattr(LayerCache, "prefetch", keep)
+    model = tiny_model(family)
+    heads = model.config.num_attention_heads
+
+    @torch.no_grad()
+    def run(step: Any, handle: fierpatch.Handle, tokens: Tensor) -> list[Tensor]:
+        cache = handle.new_cache(60)
+        for store in cache.stores.values():
+            estimate = torch.zeros(1, heads, 1, model.config.head_dim)
+            torch._dynamo.mark_static_address(estimate, guard=False)
+            store.facts.__dict__["estimate"] = estimate
+        model(tokens, past_key_values=cache)
+        results = []
+        for token in prompt(NUM_STEPS)[0]:
+            logits = step(token[None, None], past_key_values=cache).logits
+            results += [
+                logits,
+                *(s.facts.__dict__["estimate"].clone() for s in cache.stores.values()),
+            ]
+        return results
+
+    with fierpatch.apply(model, SETTINGS, compile=True) as handle:
+        prompts = (prompt(40), prompt(47, seed=1))
+        eager = [run(model.forward, handle, tokens) for tokens in prompts]
+        counter = CompileCounterWithBackend(backend)
+        step = torch.compile(model.forward, fullgraph=True, backend=counter)
+        compiled = [run(step, handle, prompts[0])]
+        assert counter.frame_count == num_graphs
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled.append(run(step, handle, prompts[1]))
+        assert counter.frame_count == num_graphs
+    for results, expected in zip(compiled, eager, strict=True):
+        for one, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        assert any(one.any() for one in results)
