@@ -6,7 +6,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NOT_BENCHES = {"__init__", "__main__", "peers", "prompts", "rows", "synthetic", "timing", "ways"}
+NOT_BENCHES = {
+    "__init__", "__main__", "hot_set", "peers", "prompts", "rows", "synthetic", "timing", "traces",
+    "ways",
+}  # fmt: skip
 
 
 def main() -> int:
