@@ -88,9 +88,14 @@ def measure(
                 facts = {"what": what, "rows": multiple, "runners_up": share, "age": age}
                 results.append(facts | counts)
     for name, estimated in trace.estimated.items():
-        for multiple in (0, *(m for m in rows if m == 2)):
-            counts = simulate(trace, int(multiple * budget), estimated=estimated)
-            results.append({"what": name, "rows": multiple} | counts)
+        for multiple in (0, *(multiple for multiple in rows if multiple > 1)):
+            num_rows = int(multiple * budget)
+            if multiple in (0, 2):
+                counts = simulate(trace, num_rows, estimated=estimated, is_beside=True)
+                results.append({"what": f"{name}, beside", "rows": multiple} | counts)
+            if multiple:
+                counts = simulate(trace, num_rows, estimated=estimated)
+                results.append({"what": name, "rows": multiple} | counts)
     return results
 
 
@@ -100,6 +105,7 @@ def simulate(
     num_runners_up: int = 0,
     age: int | None = None,
     estimated: Tensor | None = None,
+    is_beside: bool = False,
     has_foresight: bool = False,
 ) -> dict[str, Any]:
     """Hits, and rows fetched a KV head and step, of one hot set.
@@ -109,7 +115,8 @@ def simulate(
         num_runners_up: so many are stamped after each step, below what the step selected.
         age: if given, those that do not lie in the hot set are fetched too, with the stamp that
             they would have so many steps ago.
-        estimated: tokens ``[T, N, K]`` fetched beside the hot set for the step itself.
+        estimated: tokens ``[T, N, K]`` fetched for the step itself, ahead of what it selects.
+        is_beside: whether they go to rows of their own for the step, not into the hot set.
         has_foresight: whether the token leaves that will not be selected for longest, which no
             policy without prefetch can better (Belady, 1966).
     """
@@ -124,12 +131,17 @@ def simulate(
             hits, fetched, used, used_next, wasted = [], 0, 0, 0, 0
         is_hit = torch.zeros_like(chosen, dtype=torch.bool)
         if estimated is not None:
-            is_ahead = torch.zeros(num_heads, num_tokens, dtype=torch.bool)
-            is_ahead.scatter_(1, estimated[step], ~hot.holds(estimated[step]))
-            is_ahead.scatter_(1, chosen[:, -1:], False)  # the newest
-            is_hit = is_ahead.gather(1, chosen)
-            fetched += int(is_ahead.sum())
-            used_next += int(is_hit.sum())
+            early = estimated[step, :, :-1]  # without the newest
+            if is_beside:
+                is_ahead = torch.zeros(num_heads, num_tokens, dtype=torch.bool)
+                is_ahead.scatter_(1, early, ~hot.holds(early))
+                is_hit = is_ahead.gather(1, chosen)
+                fetched += int(is_ahead.sum())
+                used_next += int(is_hit.sum())
+            else:
+                put = hot.put(early, 2 * step - 1, ahead_at=step - 1)
+                fetched += int(put.is_fetched.sum())
+                wasted += put.num_wasted
         if num_rows:
             put = hot.put(chosen, 2 * step)
             if has_foresight:

@@ -325,6 +325,7 @@ def test_residency_rows_are_ordered_as_their_meaning_says(trace: traces.Trace) -
     assert 0 < fetched["used_next"] <= 1
     assert 0 < fetched["fetched_ahead"] <= 16
     for name in traces.ESTIMATES:
-        assert hits["alone", 2] <= hits[name, 2]
-        assert hits[name, 0] <= hits[name, 2]
+        assert hits[f"{name}, beside", 0] <= hits[f"{name}, beside", 2]
+        assert hits["alone", 2] <= hits[f"{name}, beside", 2]
+        assert hits[name, 2] <= hits[name, 3]
     json.dumps(rows)
