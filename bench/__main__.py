@@ -7,14 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 NOT_BENCHES = {
-    "__init__",
-    "__main__",
-    "drift",
-    "peers",
-    "prompts",
-    "rows",
-    "synthetic",
-    "timing",
+NOT_BENCHES = {
+    *("__init__", "__main__"),
+    *("drift", "hot_set", "options", "peers", "prompts", "rows", "synthetic", "timing", "traces"),
     "ways",
 }
 

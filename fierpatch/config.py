@@ -49,7 +49,8 @@ class FierConfig:
         offload: keep K and V in pinned host memory, but for those of the dense layers; the index
             stays on the device, with the rows that each list selected last.
             ``cache_implementation="offloaded"`` or ``"offloaded_static"`` does it for one call.
-        hot_tokens: how many such rows a list, at least the budget; None means twice the budget.
+        hot_tokens: how many such rows a list, at least the budget; None means four times the
+            budget, with which some 90 % of what a step selects needs no fetching.
         prefetch: fetch ahead what the next layer will probably select, on a stream of its own; the
             result does not depend on it. For `offload`.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
@@ -167,8 +168,8 @@ class FierConfig:
 
     @property
     def hot_rows(self) -> int:
-        """Rows of a hot set: `hot_tokens`, or twice the budget where it is None."""
-        return self.hot_tokens or 2 * self.budget
+        """Rows of a hot set: `hot_tokens`, or four times the budget where it is None."""
+        return self.hot_tokens or 4 * self.budget
 
     @property
     def code_bits(self) -> int:

@@ -17,8 +17,10 @@ from fierpatch.patching import current_handle
 
 pytest.importorskip("bench", reason="the benches are in the checkout alone: python -m pytest")
 
-from bench import decode, generate, plot, prefill_index, ways
+from bench import decode, generate, plot, prefill_index, residency, traces, ways
+from bench.hot_set import EMPTY, HotSet
 from bench.peers import dense
+from bench.prompts import prefill
 from bench.rows import read, save, table
 from bench.synthetic import fill, random_llama
 from bench.timing import copy_bandwidth, interleaved, queued, replays, summary
@@ -231,3 +233,99 @@ def test_a_curve_leaves_out_stages_and_what_was_not_measured() -> None:
 def test_a_plot_without_rows_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="bench generate"):
         plot.main(["--input", str(tmp_path / "none.jsonl")])
+
+
+def test_a_hot_set_keeps_what_was_selected_last() -> None:
+    """Against a list a head, whose front leaves first."""
+    generator = torch.Generator().manual_seed(0)
+    hot = HotSet(3, 9, 40)
+    lists: list[list[int]] = [[], [], []]
+    for step in range(60):
+        # One token a step: no two share a stamp.
+        chosen = torch.randint(20, (3, 1), generator=generator) + step % 20
+        put = hot.put(chosen, step)
+        for head, held in enumerate(lists):
+            token = int(chosen[head])
+            assert bool(put.is_hit[head]) is (token in held)
+            assert bool(put.is_fetched[head]) is (token not in held)
+            held[:] = [*[other for other in held if other != token][-8:], token]
+        everything = torch.arange(40).expand(3, -1)
+        assert [row.nonzero().flatten().tolist() for row in hot.holds(everything)] == [
+            sorted(held) for held in lists
+        ]
+
+
+def test_what_is_fetched_ahead_takes_no_row_of_a_higher_stamp_and_is_told_from_a_hit() -> None:
+    hot = HotSet(1, 4, 20)
+    hot.put(torch.tensor([[1, 2, 3]]), 2)
+    ahead = hot.put(torch.tensor([[3, 7, 8]]), 1, ahead_at=5)
+    assert ahead.is_fetched.tolist() == [[False, True, False]]
+    assert hot.holds(torch.tensor([[1, 2, 3, 7, 8]])).tolist() == [[True, True, True, True, False]]
+    wanted = hot.put(torch.tensor([[3, 7]]), 4)
+    assert wanted.ahead_at.tolist() == [[EMPTY, 5]]
+    assert hot.put(torch.tensor([[7]]), 6).ahead_at.tolist() == [[EMPTY]]
+    hot.put(torch.tensor([[9]]), 5, ahead_at=6)
+    # Three of stamps below, and the one that nobody has wanted among them.
+    assert hot.put(torch.tensor([[10, 11, 12]]), 8).num_wasted == 1
+
+
+@pytest.fixture(scope="module")
+def trace() -> traces.Trace:
+    model = random_llama("llama-tiny", "cpu")
+    ids = torch.randint(256, (1, 210), generator=torch.Generator().manual_seed(0))
+    prompt = prefill(model, ids[:, :150])
+    settings = FierConfig(budget=32, dense_layers=1)
+    return traces.record(model, prompt, ids[:, 150:], settings, is_greedy=False)
+
+
+def test_a_trace_holds_selections_and_what_ranks_behind_them(trace: traces.Trace) -> None:
+    num_steps, num_heads, budget = trace.selected.shape
+    assert (num_steps, num_heads, budget) == (60, 2 * 2, 32)
+    newest = torch.arange(150, 210)
+    assert torch.equal(trace.selected[..., -1], newest[:, None].expand(-1, num_heads))
+    both = torch.cat((trace.selected, trace.runners_up), 2).sort(2).values
+    assert (both[..., 1:] > both[..., :-1]).all()
+    for estimated in trace.estimated.values():
+        assert estimated.shape == trace.selected.shape
+
+
+def test_a_query_estimated_from_a_layers_own_input_is_its_query() -> None:
+    model = random_llama("llama-tiny", "cpu", 1)
+    layer, seen = model.model.layers[0], {}
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        seen["estimate"] = traces.estimated_query(layer, args[0], kwargs["position_embeddings"])
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    with fierpatch.apply(model, budget=32, dense_layers=0) as handle:
+        cache = handle.new_cache()
+        model(torch.ones(1, 64, dtype=torch.long), past_key_values=cache)
+        cache.observe(lambda layer, query, *rest: seen.update(query=query))
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    hook.remove()
+    torch.testing.assert_close(seen["estimate"], seen["query"], rtol=0, atol=0)
+
+
+def test_hits_of_a_hot_set_as_large_as_the_budget_are_the_tokens_that_stay(
+    trace: traces.Trace,
+) -> None:
+    before, after = trace.selected[residency.WARM_UP - 1 : -1], trace.selected[residency.WARM_UP :]
+    stay = (after[..., :-1, None] == before[..., None, :]).any(3).float().mean().item()
+    for has_foresight in (False, True):
+        row = residency.simulate(trace, 32, has_foresight=has_foresight)
+        assert row["hit"] == pytest.approx(stay)
+        assert row["misses"] == pytest.approx((1 - stay) * 31)
+
+
+def test_residency_rows_are_ordered_as_their_meaning_says(trace: traces.Trace) -> None:
+    rows = residency.measure(trace, [1, 2, 3], [0.5], [0])
+    hits = {(row["what"], row["rows"]): row["hit"] for row in rows}
+    assert hits["alone", 1] < hits["alone", 2] <= hits["foresight", 2] <= hits["foresight", 3]
+    fetched = next(row for row in rows if row["what"] == "runners-up fetched")
+    assert 0 < fetched["used_next"] <= 1
+    assert 0 < fetched["fetched_ahead"] <= 16
+    for name in traces.ESTIMATES:
+        assert hits[f"{name}, beside", 0] <= hits[f"{name}, beside", 2]
+        assert hits["alone", 2] <= hits[f"{name}, beside", 2]
+        assert hits[name, 2] <= hits[name, 3]
+    json.dumps(rows)
