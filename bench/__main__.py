@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 
 NOT_BENCHES = {
-NOT_BENCHES = {
     *("__init__", "__main__"),
     *("drift", "hot_set", "options", "peers", "prompts", "rows", "synthetic", "timing", "traces"),
     "ways",

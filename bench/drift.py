@@ -32,14 +32,23 @@ class Drift:
         self.factors = torch.tensor([1.0, 0.0], device=keys.device)
         self.noise = torch.randn(NUM_NOISES, *shape, device=keys.device)
         self.queries = [torch.randn(shape, device=keys.device) for _ in stores]
-        for tensor in (self.factors, self.noise, *self.queries):
+        self.estimate = torch.tensor([1.0, 0.0], device=keys.device)
+        for tensor in (self.factors, self.estimate, self.noise, *self.queries):
             torch._dynamo.mark_static_address(tensor)
         self.stores = stores
         for store, query in zip(stores, self.queries, strict=True):
             store.attend = _Turned(self, store, query)  # type: ignore[method-assign]
+            store.prefetch = _Estimated(self, store, query)  # type: ignore[method-assign]
 
     def turn_for(self, overlap: float) -> float:
         """Turn from now on so that this share of a selection is in the next; returns the share."""
+        return self._set(self.factors, overlap)
+
+    def estimate_for(self, share: float) -> float:
+        """Estimate queries from now on so that this share of a selection is found so."""
+        return self._set(self.estimate, share)
+
+    def _set(self, factors: Tensor, overlap: float) -> float:
         low, high, found = 0.0, 1.0, 0.0
         for _ in range(CALIBRATIONS):
             middle = (low + high) / 2
@@ -48,16 +57,12 @@ class Drift:
         if overlap <= 0:
             low = 0.0
             found = self._overlap(0.0)
-        self._set(low)
+        factors.copy_(torch.tensor([low, _other(low)]))
         return found
-
-    def _set(self, correlation: float) -> None:
-        turn = math.sqrt(max(1 - correlation * correlation, 0.0))
-        self.factors.copy_(torch.tensor([correlation, turn]))
 
     def _overlap(self, correlation: float) -> float:
         store, query = self.stores[0], self.queries[0]
-        turn = math.sqrt(max(1 - correlation * correlation, 0.0))
+        turn = _other(correlation)
         shared = total = 0
         for noise in self.noise[:4]:
             lists = []
@@ -71,6 +76,28 @@ class Drift:
                 shared += len(set(one) & set(other))
                 total += len(set(one))
         return shared / total
+
+
+def _other(correlation: float) -> float:
+    """The factor of the noise."""
+    return math.sqrt(max(1 - correlation * correlation, 0.0))
+
+
+class _Estimated:
+    """`LayerCache.prefetch` with an estimate of the drifting query's next value."""
+
+    def __init__(self, drift: Drift, store: LayerCache, query: Tensor) -> None:
+        self.drift, self.store, self.query = drift, store, query
+
+    def __call__(self, query: Tensor) -> None:
+        drift, number = self.drift, self.store.counters[:1] + 1
+        noise, error = (
+            drift.noise.index_select(0, (number + place) % NUM_NOISES)[0]
+            for place in (0, NUM_NOISES // 2)
+        )
+        coming = drift.factors[0] * self.query + drift.factors[1] * noise
+        estimate = drift.estimate[0] * coming + drift.estimate[1] * error
+        LayerCache.prefetch(self.store, estimate.to(query.dtype) + 1e-6 * query)
 
 
 class _Turned:

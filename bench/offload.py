@@ -2,8 +2,10 @@
 
 Whole decode steps of a model with random weights over a filled cache, compiled into one CUDA graph,
 with K and V on the device and on the host; queries turn so that consecutive selections overlap as
-asked. Prefill of a prompt both ways in turn, with its peak memory. And how well a gather from the
-host hides behind the weights of a layer. `--plot` draws the steps against context and overlap.
+asked, and the estimates by which a prefetch goes find the share of a selection that those of a real
+model do (`python -m bench residency`). Prefill of a prompt both ways in turn, with its peak memory.
+And how well a gather from the host hides behind the weights of a layer. `--plot` draws the steps
+against context and overlap.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["resident", "offloaded"])
     parser.add_argument("--context", type=int, nargs="+", default=[131_072])
     parser.add_argument("--overlap", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.5, 0.0])
+    parser.add_argument(
+        "--share", type=float, default=0.81, help="of a selection that its estimate finds"
+    )
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--hot-tokens", type=int, help="rows of the hot set; twice the budget")
     add_index(parser)
@@ -127,6 +132,7 @@ def steps(
         stores = cache.stores
         sparse = [store for store in stores.values() if not store.is_dense]
         drift = Drift(sparse, model.config.num_attention_heads)
+        share = drift.estimate_for(options.share)
         forward = ways.compiled(model, plan)
         token = torch.ones(1, 1, dtype=torch.long, device=model.device)
 
@@ -144,6 +150,7 @@ def steps(
                 "context": context,
                 "overlap": overlap,
                 "overlap_found": found,
+                "estimate_finds": share,
                 **summary(samples, "ms"),
                 "steps": options.steps,
                 **hits(before, tallies(sparse)),

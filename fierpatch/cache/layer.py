@@ -66,6 +66,10 @@ class LayerCache:
         self.state: list[Tensor] = []
         self.store: Store | None = None  # until the first update
         self.hot: HotSet | None = None  # until the first step of an offloaded layer
+        self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
+        self.has_previous = False  # whether it has one before it that is ours
+        self._estimate: Tensor | None = None  # of the next query, to be fetched for
+        self._started: tuple[Tensor, list[Tensor]] | None = None  # by that query
         # Tensors born in inference mode could not be updated outside it, in a later turn.
         with torch.inference_mode(False):
             self.counters = torch.zeros(4, dtype=torch.int64)
@@ -137,6 +141,7 @@ class LayerCache:
         if self.store is None:
             self.allocate(key, value)
         check_fit(key, value, self.keys, self.values)
+        self._join()
         is_prompt = key.shape[2] > self.config.max_query_length
         if is_prompt and not (self.is_static and (self.hands_out_all or _is_recorded(key))):
             keys, values = self._store_prompt(key, value)
@@ -236,14 +241,20 @@ class LayerCache:
             ``[B, T, Hq, Dv]``, or None where a dense layer is left to the model's own attention.
         """
         rows = self._allocated.rows
+        following = self.next() if self.next is not None else None
         if self.is_dense:
-            return self.operators.attend_all(
+            attended = self.operators.attend_all(
                 query, rows, self.counters, visible, sink_logits, scale, softcap
             )
+            if following is not None:
+                following._start()
+            return attended
         hot = self._hot_for(query) if self.is_offloaded else None
         output, token_indices = self.operators.attend(
             query, rows, self.state, self.counters, visible, sink_logits, scale, softcap, hot
         )
+        if following is not None:
+            following._start()
         if self.observer is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
@@ -251,10 +262,33 @@ class LayerCache:
     def prefetch(self, query: Tensor) -> None:
         """Fetch what the next step will probably select; no result depends on it.
 
+        It starts when the layer before this one has attended, whose own rows come first, or at once
+        if that is none of ours.
+
         Args:
             query: ``[B, Hq, 1, D]``, an estimate of the next step's, after RoPE.
         """
-        raise NotImplementedError
+        if self.hot is None:
+            return
+        self._estimate = query
+        if not self.has_previous:
+            self._start()
+
+    def _start(self) -> None:
+        """Start to fetch by the estimate, if there is one."""
+        query, self._estimate = self._estimate, None
+        if query is not None and self.hot is not None:
+            held = self.operators.fetch_ahead(
+                query, self._allocated.rows, self.state, self.counters, self.hot
+            )
+            self._started = query, held
+
+    def _join(self) -> None:
+        """Wait for what was started, before anything that it reads changes."""
+        self._estimate = None
+        if self._started is not None:
+            (query, held), self._started = self._started, None
+            self.operators.join(self.counters, query, held)
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
         """Allocate for tensors shaped, typed and placed like these, whatever their length.
@@ -293,6 +327,7 @@ class LayerCache:
 
     def crop(self, num_removed: int) -> None:
         """Forget the newest `num_removed` tokens."""
+        self._join()
         stored, indexed, calibrated = self._read_progress()
         kept = max(stored - int(num_removed), 0)  # which transformers may give as a tensor
         if kept == 0:
@@ -310,6 +345,7 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget every token but keep the buffers and their addresses."""
+        self._join()
         self.counters.zero_()
         self._progress = [0, 0, 0]
         if self.store is not None:
@@ -328,6 +364,7 @@ class LayerCache:
         """Make row i of the batch a copy of row ``rows[i]``, in place where there are as many."""
         if self.store is None:
             return
+        self._join()
         rows = rows.to(self.keys.device)
         is_same = len(rows) == self.batch_size
 

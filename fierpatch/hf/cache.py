@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -159,6 +161,9 @@ class FierCache(Cache):
                         shared=self._shared,
                     )
                 )
+        for before, after in pairwise(layers):
+            if isinstance(before, FierLayer) and isinstance(after, FierLayer):
+                before.store.next, after.store.has_previous = weakref.ref(after.store), True
         super().__init__(layers=layers)
 
     @property

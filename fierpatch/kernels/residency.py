@@ -26,6 +26,7 @@ def place_kernel(
     stamps_ptr,
     row_of_ptr,
     tally_ptr,
+    counters_ptr,
     freed_ptr,
     place_ptr,
     width,
@@ -56,6 +57,9 @@ def place_kernel(
     start_next(IS_EARLY)
     token = tl.load(token_index_ptr + list_ * width + slot, mask=slot < width, other=EMPTY)
     is_used = token >= 0
+    if IS_PREFETCH:
+        # What is not stored yet would be another token's row when it is.
+        is_used = is_used & (token < tl.load(counters_ptr))
     found = tl.load(row_of_ptr + token, mask=is_used, other=EMPTY).to(tl.int32)
     is_hit = is_used & (found >= 0)
     before = tl.load(stamps_ptr + found, mask=is_hit, other=1)
@@ -98,7 +102,7 @@ def place_kernel(
     # Not before all have read who was there.
     tl.debug_barrier()
     tl.store(tokens_ptr + new, token.to(tl.int32), mask=is_missing)
-    lies = tl.where(is_missing, new + MISSING, found)
+    lies = tl.where(is_missing, new + MISSING, tl.where(is_used, found, EMPTY))
     tl.store(place_ptr + list_ * width + slot, lies, mask=slot < width)
     if IS_PREFETCH:
         tl.store(tally_ptr + 3, tl.load(tally_ptr + 3) + num_missing)
@@ -142,15 +146,21 @@ def fetch_kernel(
         tl.store(target_ptr[:, None] + channel[None, :], rows, mask=mask)
 
 
-def place(hot: HotSet, token_indices: Tensor, *, is_prefetch: bool = False) -> Tensor:
-    """See `fierpatch.hot_set.place`; token_indices int64 and contiguous."""
+def place(hot: HotSet, token_indices: Tensor, counters: Tensor | None = None) -> Tensor:
+    """See `fierpatch.hot_set.place`; token_indices int64 and contiguous.
+
+    Args:
+        counters: the layer's, for a prefetch: only tokens that are stored are placed.
+    """
+    is_prefetch = counters is not None
     batch_size, num_lists, _, width = token_indices.shape
     num_rows, capacity = hot.tokens.shape[2], hot.row_of.shape[2]
     room = token_indices.new_empty((2, *token_indices.shape), dtype=torch.int32)
     is_early = can_start_early(token_indices.device)
     place_specialization(width, num_rows, hot.row_of.dtype, is_prefetch, is_early).launch(
         (batch_size * num_lists, 1, 1),
-        token_indices, hot.tokens, hot.stamps, hot.row_of, hot.tally, room[0], room[1],
+        token_indices, hot.tokens, hot.stamps, hot.row_of, hot.tally, counters,
+        room[0], room[1],
         width, num_rows, capacity,
     )  # fmt: skip
     return room[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, residency, retrieve
+from fierpatch.kernels.ahead import fetch_ahead, join
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
@@ -40,6 +41,17 @@ _LIBRARY.define(
     "triton_attend_hot(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor token_indices, "
     "Tensor counters, Tensor(b!) arrivals, Tensor? sink_logits, float scale, float softcap) "
     "-> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    # Of the counters nothing changes, but whoever does change them has to come after.
+    "triton_fetch_ahead(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor[] state, "
+    f"Tensor(b!) counters, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
+    "float scale, int refine) -> Tensor[]",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "triton_join(Tensor(a!) counters, Tensor query, Tensor[] held) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -138,6 +150,72 @@ def _attend_hot(
     )  # fmt: skip
 
 
+def _fetch_ahead(
+    query: Tensor,
+    paired: Tensor,
+    hot: list[Tensor],
+    state: list[Tensor],
+    counters: Tensor,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    refine_bits: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    refine: int,
+) -> list[Tensor]:
+    """Start to fetch what an estimate of the next query selects; what `_join` has to be given."""
+    key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
+    shape = Shape.of(
+        key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
+    )
+    return fetch_ahead(
+        shape, HotSet(*hot), paired, query, state, counters, Logits(scale),
+        sinks=sinks, recent=recent,
+    )  # fmt: skip
+
+
+def _fetch_ahead_fake(
+    query: Tensor,
+    paired: Tensor,
+    hot: list[Tensor],
+    state: list[Tensor],
+    counters: Tensor,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    refine_bits: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    refine: int,
+) -> list[Tensor]:
+    """What `_fetch_ahead` returns, without the numbers."""
+    key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
+    shape = Shape.of(
+        key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
+    )
+    scratch = Scratch(shape, query.device)
+    lists = (shape.batch_size, shape.num_lists, 1, shape.width)
+    return [
+        *vars(scratch).values(),
+        query.new_empty(lists, dtype=torch.int64),
+        query.new_empty(lists, dtype=torch.int32),
+    ]
+
+
+def _join(counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+    """Wait for what `_fetch_ahead` started with that query and that memory."""
+    join(counters)
+
+
 def _attend_all(
     query: Tensor,
     rows: list[Tensor],
@@ -159,9 +237,13 @@ _LIBRARY.impl("triton_append", _append, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_hot", _attend_hot, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_fetch_ahead", _fetch_ahead, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_join", _join, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_fetch_ahead", _fetch_ahead_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_join", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend_hot", attend_hot_fake, lib=_LIBRARY)

@@ -18,7 +18,7 @@ from fierpatch.kernels.launch import check_device, is_interpreted
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibrate_prompt
-from fierpatch.ops.operators import index_arguments, layer_index
+from fierpatch.ops.operators import ahead_arguments, index_arguments, layer_index
 from fierpatch.rows import split
 
 _MOST_GROUPS = 128  # query heads a KV head, for lists of their own
@@ -185,6 +185,24 @@ class KernelOperators:
             allocate=self._allocate, hot=placed,
         )  # fmt: skip
         return output, token_indices
+
+    def fetch_ahead(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        hot: HotSet,
+    ) -> list[Tensor]:
+        """See `Operators`. On a stream of its own."""
+        settings = ahead_arguments(self.config, query)
+        op = torch.ops.fierpatch.triton_fetch_ahead.default
+        held: list[Tensor] = op(query, rows[0], hot.tensors, state, counters, *settings)
+        return held
+
+    def join(self, counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+        """See `Operators`."""
+        torch.ops.fierpatch.triton_join.default(counters, query, held)
 
     def attend_all(
         self,

@@ -49,6 +49,13 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
+    # Of the counters nothing changes, but whoever does change them has to come after.
+    "fetch_ahead(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor[] state, "
+    f"Tensor(b!) counters, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
+    "float scale, int refine) -> ()",
+    tags=_TAGS,
+)
+_LIBRARY.define(
     "attend_hot(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor token_indices, "
     "Tensor? sink_logits, float scale, float softcap) -> Tensor",
     tags=_TAGS,
@@ -212,6 +219,44 @@ def _attend_hot(
     return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
+def _fetch_ahead(
+    query: Tensor,
+    paired: Tensor,
+    hot: list[Tensor],
+    state: list[Tensor],
+    counters: Tensor,
+    index: str,
+    bits: int,
+    group_size: int,
+    seed: int,
+    refine_bits: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    per_query_head: bool,
+    scale: float,
+    refine: int,
+) -> None:
+    """Fetch what an estimate of the next query selects of the tokens that are stored."""
+    length = int(counters[0])
+    if length == 0:
+        return
+    token_indices = reference.select_from_index(
+        named_index(index, bits, group_size, seed, refine_bits, query.shape[3]),
+        state,
+        query,
+        length,
+        budget=budget,
+        sinks=sinks,
+        recent=recent,
+        per_query_head=per_query_head,
+        scale=scale,
+        refine=refine,
+    )
+    hot_set = HotSet(*hot)
+    fetch(hot_set, place(hot_set, token_indices, is_prefetch=True), token_indices, paired)
+
+
 def attend_fake(query: Tensor, rows: list[Tensor], *rest: Any) -> Tensor:
     """What attention returns, ``[B, T, Hq, Dv]``, without the numbers."""
     batch_size, num_query_heads, num_queries, head_dim = query.shape
@@ -267,11 +312,13 @@ _LIBRARY.impl("index_prompt", _index_prompt, "CompositeExplicitAutograd")
 _LIBRARY.impl("retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_hot", _attend_hot, "CompositeExplicitAutograd")
+_LIBRARY.impl("fetch_ahead", _fetch_ahead, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::index_prompt", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::attend", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::attend_hot", attend_hot_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::fetch_ahead", lambda *args: None, lib=_LIBRARY)
 
 
 def named_index(

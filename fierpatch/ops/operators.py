@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,23 @@ class Operators(Protocol):
         Args:
             hot: of an offloaded layer, for one query; what is missing there is fetched.
         """
+
+    def fetch_ahead(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        hot: HotSet,
+    ) -> list[Tensor]:
+        """Start to fetch what an estimate of the next query, ``[B, Hq, 1, D]``, selects.
+
+        Returns:
+            What `join` has to be given, before anything of the layer changes.
+        """
+
+    def join(self, counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+        """Wait for what `fetch_ahead` started with that query."""
 
     def attend_all(
         self,
@@ -176,6 +193,23 @@ class ReferenceOperators:
             )
         return output, token_indices
 
+    def fetch_ahead(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        hot: HotSet,
+    ) -> list[Tensor]:
+        """See `Operators`. Does it at once."""
+        torch.ops.fierpatch.fetch_ahead.default(
+            query, rows[0], hot.tensors, state, counters, *ahead_arguments(self.config, query)
+        )
+        return []
+
+    def join(self, counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+        """See `Operators`."""
+
     def attend_all(
         self,
         query: Tensor,
@@ -193,6 +227,17 @@ class ReferenceOperators:
 def index_arguments(config: FierConfig) -> tuple[str, int, int, int, int]:
     """Name, bits, group_size, seed and refine_bits of the index, as the library ops take them."""
     return config.index, config.bits, config.index_group_size, config.seed, config.code_bits
+
+
+def ahead_arguments(config: FierConfig, query: Tensor) -> tuple[Any, ...]:
+    """The settings of `fetch_ahead`, as the library ops take them.
+
+    The usual scale of the logits, without a cap: an estimate needs no more.
+    """
+    return (
+        *index_arguments(config), config.budget, config.sinks, config.recent,
+        config.per_query_head, query.shape[3] ** -0.5, config.refine,
+    )  # fmt: skip
 
 
 def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:

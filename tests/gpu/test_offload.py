@@ -98,14 +98,19 @@ def options_of(mode: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("how", [{}, {"per_query_head": True, "refine": 2}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"per_query_head": True, "refine": 2}, {"prefetch": True}], ids=str
+)
 def test_the_host_gives_the_logits_of_the_device(mode: str, how: dict[str, Any]) -> None:
     model = llama()
     outputs = []
     for is_offloaded in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        with fierpatch.apply(model, budget=64, offload=is_offloaded, **how) as handle:
+        settings = {"budget": 64, **how, "offload": is_offloaded}
+        if not is_offloaded:
+            settings.pop("prefetch", None)
+        with fierpatch.apply(model, **settings) as handle:
             outputs.append(generate(model, **options_of(mode)))
             layers = handle.report().layers[2:]
         assert all(layer.backend == "triton" for layer in layers)
@@ -119,8 +124,9 @@ def test_the_host_gives_the_logits_of_the_device(mode: str, how: dict[str, Any])
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("has_prefetch", [False, True])
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_turns_over_one_cache_give_the_logits_of_the_device(mode: str) -> None:
+def test_turns_over_one_cache_give_the_logits_of_the_device(mode: str, has_prefetch: bool) -> None:
     """A prompt, steps, a second prompt behind them, steps, a crop and steps."""
     model = llama()
     found = []
@@ -128,6 +134,7 @@ def test_turns_over_one_cache_give_the_logits_of_the_device(mode: str) -> None:
     for is_offloaded in (False, True):
         torch._dynamo.reset()
         settings = {"budget": 64, "offload": is_offloaded, "compile": is_static}
+        settings["prefetch"] = is_offloaded and has_prefetch
         with fierpatch.apply(model, **settings) as handle:
             cache = handle.new_cache(max_cache_len=4096 if is_static else 0)
             options = STATIC | {"cache_implementation": None} if is_static else EAGER
@@ -174,6 +181,7 @@ def test_a_run_that_is_broken_off_leaves_model_and_memory(
     model = llama()
     with fierpatch.apply(model, budget=64, offload=True) as handle:
         expected = generate(model, **options).sequences
+        generate(model, **EAGER, inputs=prompt(3000))  # what that allocates for good, it does now
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

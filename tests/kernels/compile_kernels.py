@@ -130,7 +130,7 @@ def decode(
     if is_offloaded and num_queries == 1:
         lists = (batch_size, token_indices.shape[1], head_dim + value_head_dim)
         hot = HotSet.empty(2 * token_indices.shape[3], capacity, *lists, paired)
-        more = residency.place(hot, token_indices, is_prefetch=True)
+        more = residency.place(hot, token_indices, counters)
         residency.fetch(hot, more, token_indices, paired)
         placed = hot.rows, residency.place(hot, token_indices)
     attention.gather_attention(

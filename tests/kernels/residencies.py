@@ -127,7 +127,7 @@ def check_residency(case: Steps, device: torch.device) -> None:
         assert torch.equal(plain, flat)
         if case.candidates:
             more = lists_of(case, step + 1, case.candidates, generator)
-            places = residency.place(found, more.to(device), is_prefetch=True)
+            places = residency.place(found, more.to(device), counters)
             residency.fetch(found, places, more.to(device), held)
             own = place_reference(expected, more, is_prefetch=True)
             fetch_reference(expected, own, more, paired)

@@ -1,0 +1,72 @@
+"""Fetching ahead what a layer will probably select, beside what its device computes meanwhile."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fierpatch.hot_set import HotSet
+from fierpatch.kernels import residency, retrieve
+from fierpatch.kernels.launch import is_interpreted
+from fierpatch.kernels.logits import Logits
+from fierpatch.kernels.shape import Scratch, Shape
+
+
+def fetch_ahead(
+    shape: Shape,
+    hot: HotSet,
+    paired: Tensor,
+    query: Tensor,
+    state: list[Tensor],
+    counters: Tensor,
+    logits: Logits,
+    *,
+    sinks: int,
+    recent: int,
+) -> list[Tensor]:
+    """Select by an estimate of the next step's query, and fetch what of it is missing.
+
+    Args:
+        shape: of the retrieval.
+        query: ``[B, Hq, 1, D]``.
+        state, counters: the layer's, which nothing may change before `join`.
+
+    Returns:
+        What, beside the query, must not be freed before `join`.
+    """
+    device = query.device
+    # By the stream that goes on, whose allocator then knows when all of it is free again.
+    scratch = Scratch(shape, device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        # A selection wants a token at least; none is placed that is not there.
+        lengths = counters.clamp(min=1)
+        chosen = retrieve.retrieve(
+            shape, scratch, query, state, lengths, logits, sinks=sinks, recent=recent
+        )
+        places = residency.place(hot, chosen, counters)
+        residency.fetch(hot, places, chosen, paired)
+        return chosen, places
+
+    if is_interpreted:
+        lists = run()
+    else:
+        main, side = torch.cuda.current_stream(device), side_stream(device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            lists = run()
+    return [*vars(scratch).values(), *lists]
+
+
+def join(like: Tensor) -> None:
+    """Let the current stream of a tensor's device wait for what was fetched ahead."""
+    if not is_interpreted:
+        torch.cuda.current_stream(like.device).wait_stream(side_stream(like.device))
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device fetches ahead."""
+    return torch.cuda.Stream(device, priority=-1)
