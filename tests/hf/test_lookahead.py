@@ -22,20 +22,17 @@ import fierpatch
 from fierpatch import FierConfig
 from fierpatch.cache import LayerCache
 from fierpatch.errors import FierError, ModelError, UnsupportedModelError
-from hf.any_model import MODEL_TYPES, any_model
+from hf.any_model import any_model
 from hf.fingerprint import fingerprint, registered
 from hf.models import FAMILIES, left_padded, prompt, tiny_model
 
 SETTINGS = FierConfig(budget=24, dense_layers=0, offload=True, prefetch=True)
 NUM_STEPS = 5
-# Each must be estimated: neither skipped nor refused.
-MUST_WORK = (
-    *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe"),
-    *("gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "qwen2", "qwen3"),
-    *("qwen3_moe", "smollm3", "starcoder2"),
-)
-# Their queries come from a fused projection, or from layers that are not in a list of that name.
-MUST_BE_REFUSED = ("gpt2", "gpt_neox", "phi3", "qwen3_next")
+# One of each way to make a query, beside the families: no RoPE in some layers, RoPE of a part of
+# each head, a norm over all heads at once, one without weights.
+OTHERS = ("cohere", "cohere2", "glm4", "nanochat", "olmoe", "smollm3", "starcoder2")
+# A fused or gated projection, a norm after it, or RoPE or a norm where they are not looked for.
+REFUSED = ("gpt2", "gpt_neox", "hunyuan_v1_dense", "olmo2", "phi", "phi3", "qwen3_next", "stablelm")
 
 Estimates = list[tuple[LayerCache, Tensor]]
 
@@ -94,50 +91,20 @@ def decode(model: PreTrainedModel, handle: fierpatch.Handle) -> list[tuple[int, 
     return queries
 
 
-def assert_estimated(model: PreTrainedModel, estimates: Estimates) -> None:
-    """Each query but the first layer's was estimated, in order, and to rounding."""
-    with fierpatch.apply(model, SETTINGS) as handle:
-        queries = [(number, query) for number, query in decode(model, handle) if number > 0]
-    assert len(estimates) == len(queries) > 0
-    for (_, estimate), (_, query) in zip(estimates, queries, strict=True):
-        assert estimate.shape == query.shape
-        rounding = 4 * torch.finfo(query.dtype).eps * query.abs().max()
-        assert (estimate - query).abs().max() <= rounding
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_the_estimate_is_the_query_where_the_layer_before_changes_nothing(
     family: str, estimates: Estimates
 ) -> None:
-    assert_estimated(idle(tiny_model(family)), estimates)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_any_model_is_estimated_or_refused(model_type: str, estimates: Estimates) -> None:
-    try:
-        model = any_model(model_type)
-        fierpatch.apply(model).remove()
-    except Exception as error:
-        assert model_type not in MUST_WORK
-        pytest.skip(f"cannot be patched: {type(error).__name__}: {str(error)[:200]}")
-    before = fingerprint(model), registered()
-    message = refusal(model)
-    assert (fingerprint(model), registered()) == before
-    if message is not None:
-        assert model_type not in MUST_WORK
-        assert "prefetch=False" in message
-    else:
-        assert model_type not in MUST_BE_REFUSED
-        assert_estimated(idle(model), estimates)
-
-
-def refusal(model: PreTrainedModel) -> str | None:
-    try:
-        fierpatch.apply(model, SETTINGS).remove()
-    except UnsupportedModelError as error:
-        return str(error)
-    return None
+    """Each query but the first layer's is estimated, in order, and to rounding."""
+    model = idle(tiny_model(family) if family in FAMILIES else any_model(family))
+    with fierpatch.apply(model, SETTINGS) as handle:
+        queries = [query for number, query in decode(model, handle) if number > 0]
+    assert len(estimates) == len(queries) > 0
+    for (_, estimate), query in zip(estimates, queries, strict=True):
+        assert estimate.shape == query.shape
+        rounding = 4 * torch.finfo(query.dtype).eps * query.abs().max()
+        assert (estimate - query).abs().max() <= rounding
 
 
 def test_each_offloaded_layer_is_asked_once_a_step_and_never_for_a_prompt(
@@ -156,26 +123,14 @@ def test_each_offloaded_layer_is_asked_once_a_step_and_never_for_a_prompt(
             assert layers == [cache.stores[2], cache.stores[3]] * step
 
 
-def test_the_first_token_of_a_cache_asks_nothing(estimates: Estimates) -> None:
-    model = tiny_model("llama")
-    with fierpatch.apply(model, SETTINGS) as handle, torch.no_grad():
-        model(prompt(1), past_key_values=handle.new_cache())
-    assert not estimates
-
-
 def test_only_a_cache_that_is_to_fetch_ahead_is_asked(estimates: Estimates) -> None:
     model = tiny_model("llama")
-    with fierpatch.apply(model, SETTINGS) as handle, torch.no_grad():
-        others = [
-            fierpatch.FierCache(model.config, SETTINGS.replace(prefetch=False)),
-            fierpatch.FierCache(model.config, SETTINGS.replace(prefetch=False, offload=False)),
-            None,
-        ]
-        for cache in others:
-            model.generate(
-                prompt(40), past_key_values=cache, max_new_tokens=4, use_cache=bool(cache)
-            )
-        assert not estimates
+    resident = SETTINGS.replace(prefetch=False, offload=False)
+    with fierpatch.apply(model, SETTINGS) as handle:
+        for settings in (SETTINGS.replace(prefetch=False), resident):
+            cache = fierpatch.FierCache(model.config, settings)
+            model.generate(prompt(40), past_key_values=cache, max_new_tokens=4)
+        model.generate(prompt(40), max_new_tokens=4, use_cache=False)
         with handle.disabled():
             model.generate(prompt(40), max_new_tokens=4)
         assert not estimates
@@ -183,20 +138,8 @@ def test_only_a_cache_that_is_to_fetch_ahead_is_asked(estimates: Estimates) -> N
         assert estimates
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_result_is_that_without(family: str, estimates: Estimates) -> None:
-    model = tiny_model(family)
-    options = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
-    with fierpatch.apply(model, SETTINGS, prefetch=False):
-        without = model.generate(prompt(40), **options)
-    assert not estimates
-    with fierpatch.apply(model, SETTINGS):
-        result = model.generate(prompt(40), **options)
-    assert estimates
-    assert torch.equal(torch.stack(result.logits), torch.stack(without.logits))
-
-
-@pytest.mark.parametrize("model_type", MUST_BE_REFUSED)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", REFUSED)
 def test_a_model_that_is_refused_keeps_the_patch_it_had(model_type: str) -> None:
     model = any_model(model_type)
     with fierpatch.apply(model, dense_layers=0) as handle:
@@ -210,30 +153,12 @@ def test_a_model_that_is_refused_keeps_the_patch_it_had(model_type: str) -> None
         assert fingerprint(model)["attributes"] == before[0]["attributes"]
 
 
-def test_a_model_of_no_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    attention = type(model.model.layers[1].self_attn)
-    written = {"__module__": attention.__module__}
-    exec("def forward(self, hidden_states, **options): return hidden_states, None", written)
-    unreadable = type("Unreadable", (attention,), {"forward": written["forward"]})
-    model.model.layers[1].self_attn.__class__ = unreadable
-    with pytest.raises(UnsupportedModelError, match="Unreadable"):
-        fierpatch.apply(model, SETTINGS)
-
-
 def test_weights_that_come_and_go_are_refused() -> None:
     """As those of a layer that accelerate loads for the time it runs."""
     model = tiny_model("llama").to("meta")
     fierpatch.apply(model, SETTINGS, prefetch=False).remove()
     with pytest.raises(UnsupportedModelError, match="prefetch=False"):
         fierpatch.apply(model, SETTINGS)
-
-
-def test_no_layer_to_fetch_for_is_no_error(estimates: Estimates) -> None:
-    model = tiny_model("llama")
-    with fierpatch.apply(model, SETTINGS, dense_layers=4):
-        model.generate(prompt(40), max_new_tokens=4)
-    assert not estimates
 
 
 class TestUndo:
@@ -255,16 +180,6 @@ class TestUndo:
         again.remove()
         assert (fingerprint(model), registered()) == before
 
-    def test_hooks_of_others_stay(self, estimates: Estimates) -> None:
-        model = tiny_model("llama")
-        seen = []
-        layer = model.model.layers[0]
-        layer.register_forward_pre_hook(lambda *inputs: seen.append(0))
-        with fierpatch.apply(model, SETTINGS):
-            model.generate(prompt(40), max_new_tokens=2)
-        assert len(layer._forward_pre_hooks) == 1
-        assert len(seen) == 2
-
     def test_a_copy_has_hooks_of_its_own(self, estimates: Estimates) -> None:
         model = tiny_model("gemma3")
         before = fingerprint(model)
@@ -283,12 +198,6 @@ class TestUndo:
         assert [bool(query.any()) for _, query in estimates] == [False, True, True] * NUM_STEPS
         copied.remove()
         assert fingerprint(duplicate)["hooks"] == before["hooks"]
-
-    def test_a_copy_of_a_disabled_model_has_none(self) -> None:
-        model = tiny_model("llama")
-        before = fingerprint(model)["hooks"]
-        with fierpatch.apply(model, SETTINGS).disabled():
-            assert fingerprint(copy.deepcopy(model))["hooks"] == before
 
     def test_a_deep_model_can_be_copied(self) -> None:
         """Each hook knows the next layer, which has a hook."""
@@ -328,26 +237,18 @@ class TestUndo:
     def test_a_model_changed_while_disabled_is_looked_at_again(self) -> None:
         model = tiny_model("llama")
         handle = fierpatch.apply(model, SETTINGS)
-        before = registered()
         layers = model.model.layers
-
-        def disable_and_change() -> None:
-            with handle.disabled():
-                del model.model.layers
-
-        with pytest.raises(ModelError, match="layer 1"):
-            disable_and_change()
+        with pytest.raises(ModelError, match="layer 1"), handle.disabled():
+            del model.model.layers
         assert not handle.is_attached
         model.model.layers = layers
         handle.remove()
-        assert len(registered()) == len(before) - 2
 
 
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(("family", "num_graphs"), [("llama", 1), ("qwen3", 1), ("gemma3", 2)])
 def test_a_step_with_its_estimates_is_one_graph(
-    family: str, num_graphs: int, backend: str, monkeypatch: pytest.MonkeyPatch
+    family: str, num_graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as without; see the tests of compiling."""
 
@@ -356,36 +257,27 @@ def test_a_step_with_its_estimates_is_one_graph(
 
     monkeypatch.setattr(LayerCache, "prefetch", keep)
     model = tiny_model(family)
-    heads = model.config.num_attention_heads
+    heads, head_dim = model.config.num_attention_heads, model.config.head_dim
 
     @torch.no_grad()
-    def run(step: Any, handle: fierpatch.Handle, tokens: Tensor) -> list[Tensor]:
+    def run(step: Any, handle: fierpatch.Handle) -> list[Tensor]:
         cache = handle.new_cache(60)
-        for store in cache.stores.values():
-            estimate = torch.zeros(1, heads, 1, model.config.head_dim)
+        kept = [torch.zeros(1, heads, 1, head_dim) for _ in cache.stores]
+        for store, estimate in zip(cache.stores.values(), kept, strict=True):
             torch._dynamo.mark_static_address(estimate, guard=False)
             store.facts.__dict__["estimate"] = estimate
-        model(tokens, past_key_values=cache)
+        model(prompt(40), past_key_values=cache)
         results = []
         for token in prompt(NUM_STEPS)[0]:
-            logits = step(token[None, None], past_key_values=cache).logits
-            results += [
-                logits,
-                *(s.facts.__dict__["estimate"].clone() for s in cache.stores.values()),
-            ]
+            results.append(step(token[None, None], past_key_values=cache).logits)
+            results += [estimate.clone() for estimate in kept]
+        assert kept[-1].any()
         return results
 
     with fierpatch.apply(model, SETTINGS, compile=True) as handle:
-        prompts = (prompt(40), prompt(47, seed=1))
-        eager = [run(model.forward, handle, tokens) for tokens in prompts]
-        counter = CompileCounterWithBackend(backend)
-        step = torch.compile(model.forward, fullgraph=True, backend=counter)
-        compiled = [run(step, handle, prompts[0])]
-        assert counter.frame_count == num_graphs
-        with torch.compiler.set_stance("fail_on_recompile"):
-            compiled.append(run(step, handle, prompts[1]))
-        assert counter.frame_count == num_graphs
-    for results, expected in zip(compiled, eager, strict=True):
-        for one, other in zip(results, expected, strict=True):
-            torch.testing.assert_close(one, other)
-        assert any(one.any() for one in results)
+        eager = run(model.forward, handle)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = run(torch.compile(model.forward, fullgraph=True, backend=counter), handle)
+    assert counter.frame_count == num_graphs
+    for one, other in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(one, other)
