@@ -69,7 +69,7 @@ class LayerCache:
         self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
         self.has_previous = False  # whether it has one before it that is ours
         self._estimate: Tensor | None = None  # of the next query, to be fetched for
-        self._started: tuple[Tensor, list[Tensor]] | None = None  # by that query
+        self._started: tuple[Tensor, Tensor] | None = None  # by that query
         # Tensors born in inference mode could not be updated outside it, in a later turn.
         with torch.inference_mode(False):
             self.counters = torch.zeros(4, dtype=torch.int64)
@@ -278,17 +278,17 @@ class LayerCache:
         """Start to fetch by the estimate, if there is one."""
         query, self._estimate = self._estimate, None
         if query is not None and self.hot is not None:
-            held = self.operators.fetch_ahead(
+            room = self.operators.fetch_ahead(
                 query, self._allocated.rows, self.state, self.counters, self.hot
             )
-            self._started = query, held
+            self._started = query, room
 
     def _join(self) -> None:
         """Wait for what was started, before anything that it reads changes."""
         self._estimate = None
         if self._started is not None:
-            (query, held), self._started = self._started, None
-            self.operators.join(self.counters, query, held)
+            (query, room), self._started = self._started, None
+            self.operators.join(self.counters, query, room)
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
         """Allocate for tensors shaped, typed and placed like these, whatever their length.

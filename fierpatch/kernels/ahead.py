@@ -25,7 +25,7 @@ def fetch_ahead(
     *,
     sinks: int,
     recent: int,
-) -> list[Tensor]:
+) -> Tensor:
     """Select by an estimate of the next step's query, and fetch what of it is missing.
 
     Args:
@@ -34,13 +34,14 @@ def fetch_ahead(
         state, counters: the layer's, which nothing may change before `join`.
 
     Returns:
-        What, beside the query, must not be freed before `join`.
+        Memory that, like the query's, must not be freed before `join`.
     """
     device = query.device
-    # By the stream that goes on, whose allocator then knows when all of it is free again.
-    scratch = Scratch(shape, device)
+    # Of the stream that goes on, whose allocator would give it away again without a wait.
+    room = query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
+    scratch = Scratch.within(shape, room)
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run() -> None:
         # A selection wants a token at least; none is placed that is not there.
         lengths = counters.clamp(min=1)
         chosen = retrieve.retrieve(
@@ -48,16 +49,15 @@ def fetch_ahead(
         )
         places = residency.place(hot, chosen, counters)
         residency.fetch(hot, places, chosen, paired)
-        return chosen, places
 
     if is_interpreted:
-        lists = run()
-    else:
-        main, side = torch.cuda.current_stream(device), side_stream(device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            lists = run()
-    return [*vars(scratch).values(), *lists]
+        run()
+        return room
+    main, side = torch.cuda.current_stream(device), side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        run()
+    return room
 
 
 def join(like: Tensor) -> None:

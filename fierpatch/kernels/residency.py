@@ -88,8 +88,12 @@ def place_kernel(
     of_last = num_missing - tl.sum(tl.where(ages == last, older, 0))
     # Two counts in one pass: rows so far that are older, and those of the last age.
     is_older, is_last = age > last, age == last
-    so_far = tl.cumsum((is_older.to(tl.int64) << 32) + is_last.to(tl.int64), 0)
-    older_so_far, last_so_far = (so_far >> 32).to(tl.int32), so_far.to(tl.int32)
+    if BLOCK_R < 32768:
+        so_far = tl.cumsum((is_older.to(tl.int32) << 16) + is_last.to(tl.int32), 0)
+        older_so_far, last_so_far = so_far >> 16, so_far & 0xFFFF
+    else:
+        older_so_far = tl.cumsum(is_older.to(tl.int32), 0)
+        last_so_far = tl.cumsum(is_last.to(tl.int32), 0)
     leaves = (is_older | (is_last & (last_so_far <= of_last))) & (age > 0) & (num_missing > 0)
     place_of_free = older_so_far + tl.minimum(last_so_far, of_last) - 1
     tl.store(freed_ptr + place_of_free, row, mask=leaves)

@@ -196,6 +196,22 @@ class Scratch:
         device: where.
     """
 
+    @classmethod
+    def within(cls, shape: Shape, room: Tensor) -> Scratch:
+        """One whose memory is that of ``room``, uint8 of `nbytes_of` bytes."""
+        scratch, start = cls(shape, torch.device("meta")), 0
+        for name, like in vars(scratch).items():
+            part = room[start : start + like.nbytes]
+            setattr(scratch, name, part.view(like.dtype).view(like.shape))
+            start += _aligned(like.nbytes)
+        return scratch
+
+    @classmethod
+    def nbytes_of(cls, shape: Shape) -> int:
+        """Bytes of all its tensors, each from an aligned address."""
+        tensors = vars(cls(shape, torch.device("meta"))).values()
+        return sum(_aligned(tensor.nbytes) for tensor in tensors)
+
     def __init__(self, shape: Shape, device: torch.device) -> None:
         head_dim, tokens = shape.index.head_dim, shape.tiles * TILE_SIZE
         groups = tokens // shape.index.group_size
@@ -230,3 +246,7 @@ class Scratch:
         # Only a program that cannot keep them in registers writes them down.
         written = candidates if shape.candidate_blocks > 1 else (0,)
         self.candidate_key = empty(*written, dtype=torch.int16)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16

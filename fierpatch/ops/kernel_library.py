@@ -47,11 +47,11 @@ _LIBRARY.define(
     # Of the counters nothing changes, but whoever does change them has to come after.
     "triton_fetch_ahead(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor[] state, "
     f"Tensor(b!) counters, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
-    "float scale, int refine) -> Tensor[]",
+    "float scale, int refine) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_join(Tensor(a!) counters, Tensor query, Tensor[] held) -> ()",
+    "triton_join(Tensor(a!) counters, Tensor query, Tensor room) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -167,7 +167,7 @@ def _fetch_ahead(
     per_query_head: bool,
     scale: float,
     refine: int,
-) -> list[Tensor]:
+) -> Tensor:
     """Start to fetch what an estimate of the next query selects; what `_join` has to be given."""
     key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
     shape = Shape.of(
@@ -196,22 +196,16 @@ def _fetch_ahead_fake(
     per_query_head: bool,
     scale: float,
     refine: int,
-) -> list[Tensor]:
+) -> Tensor:
     """What `_fetch_ahead` returns, without the numbers."""
     key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
     shape = Shape.of(
         key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
     )
-    scratch = Scratch(shape, query.device)
-    lists = (shape.batch_size, shape.num_lists, 1, shape.width)
-    return [
-        *vars(scratch).values(),
-        query.new_empty(lists, dtype=torch.int64),
-        query.new_empty(lists, dtype=torch.int32),
-    ]
+    return query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
 
 
-def _join(counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+def _join(counters: Tensor, query: Tensor, room: Tensor) -> None:
     """Wait for what `_fetch_ahead` started with that query and that memory."""
     join(counters)
 

@@ -193,16 +193,16 @@ class KernelOperators:
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
-    ) -> list[Tensor]:
+    ) -> Tensor:
         """See `Operators`. On a stream of its own."""
         settings = ahead_arguments(self.config, query)
         op = torch.ops.fierpatch.triton_fetch_ahead.default
-        held: list[Tensor] = op(query, rows[0], hot.tensors, state, counters, *settings)
-        return held
+        room: Tensor = op(query, rows[0], hot.tensors, state, counters, *settings)
+        return room
 
-    def join(self, counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_join.default(counters, query, held)
+        torch.ops.fierpatch.triton_join.default(counters, query, room)
 
     def attend_all(
         self,

@@ -94,14 +94,14 @@ class Operators(Protocol):
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
-    ) -> list[Tensor]:
+    ) -> Tensor:
         """Start to fetch what an estimate of the next query, ``[B, Hq, 1, D]``, selects.
 
         Returns:
             What `join` has to be given, before anything of the layer changes.
         """
 
-    def join(self, counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
         """Wait for what `fetch_ahead` started with that query."""
 
     def attend_all(
@@ -200,14 +200,14 @@ class ReferenceOperators:
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
-    ) -> list[Tensor]:
+    ) -> Tensor:
         """See `Operators`. Does it at once."""
         torch.ops.fierpatch.fetch_ahead.default(
             query, rows[0], hot.tensors, state, counters, *ahead_arguments(self.config, query)
         )
-        return []
+        return query
 
-    def join(self, counters: Tensor, query: Tensor, held: list[Tensor]) -> None:
+    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
         """See `Operators`."""
 
     def attend_all(
