@@ -52,6 +52,15 @@ class MemoryPool:
         memory.grow(nbytes)
         return memory
 
+    def check(self, nbytes: int) -> None:
+        """Check that so many bytes can be had, what is idle included.
+
+        Raises:
+            HostMemoryError: they cannot.
+        """
+        idle = sum(memory.nbytes for memory in self._idle)
+        _check_free(nbytes - idle)
+
     def give_back(self, memory: HostMemory) -> None:
         """Keep it for the next cache, if there may be one."""
         if self._is_open:
@@ -117,12 +126,7 @@ class HostMemory:
             )
         if wanted <= self.nbytes:
             return
-        more, free = wanted - self.nbytes, available()
-        if free is not None and more > free:
-            raise HostMemoryError(
-                f"keys and values need {more} more bytes of host memory and {free} are free: "
-                "shorten the context, lower the batch size, or leave offload=False"
-            )
+        _check_free(wanted - self.nbytes)
         if self.device.type == "cuda":
             self._pin(self.nbytes, wanted)
         self.nbytes = wanted
@@ -186,6 +190,15 @@ def available() -> int | None:
         except (OSError, ValueError):
             continue  # no such control group, or one without a limit
     return max(min(found), 0) if found else None
+
+
+def _check_free(nbytes: int) -> None:
+    free = available()
+    if free is not None and nbytes > free:
+        raise HostMemoryError(
+            f"keys and values need {nbytes} more bytes of host memory and {free} are free: shorten "
+            "the context, lower the batch size, or leave offload=False"
+        )
 
 
 def _page_cache(group: Path) -> int:
