@@ -26,7 +26,7 @@ from bench.rows import RESULTS, read, reason, save, table
 from bench.synthetic import SHAPES, fill, random_llama
 from bench.timing import queued, summary
 from fierpatch import FierCache, FierConfig
-from fierpatch.hot_set import MISSED, PREFETCHED, USED, USEFUL, HotSet
+from fierpatch.hot_set import ASKED, MISSED, PREFETCHED, USED, USEFUL, HotSet
 from fierpatch.offload import MemoryPool
 from fierpatch.offload.memory import HostMemory
 
@@ -173,10 +173,10 @@ def steps(
 def tallies(stores: list[Any]) -> torch.Tensor:
     """The sum of all hot sets' tallies; zeros where there are none."""
     found = [store.hot.tally.sum((0, 1)) for store in stores if store.hot is not None]
-    return torch.stack(found).sum(0).cpu() if found else torch.zeros(5, dtype=torch.int64)
+    return torch.stack(found).sum(0).cpu() if found else torch.zeros(6, dtype=torch.int64)
 
 
-def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float | None]:
     """What a hot set did in between."""
     done = (after - before).tolist()
     if not done[USED]:
@@ -184,7 +184,7 @@ def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
     return {
         "hit": 1 - done[MISSED] / done[USED],
         "prefetched": done[PREFETCHED] / done[USED],
-        "useful": done[USEFUL] / done[PREFETCHED] if done[PREFETCHED] else 0.0,
+        "useful": done[USEFUL] / done[ASKED] if done[ASKED] else None,
     }
 
 
