@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from fierpatch.errors import HostMemoryError
 
 _MOST_AT_ONCE = 32 << 30  # bytes in one registration; CUDA refuses very large ones
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; Python 3.13 names it
+# Python names it from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _PORTABLE = 1  # cudaHostRegisterPortable: for the contexts of all devices
 _PAGE = 2 << 20  # bytes of a huge page, in which memory is handed out faster
 _CGROUPS = (
@@ -88,13 +90,17 @@ class HostMemory:
         device: the device that works on it.
 
     Raises:
-        HostMemoryError: the system does not give so many addresses.
+        HostMemoryError: the system does not give so many addresses, or has no such memory.
     """
 
     def __init__(self, reserved: int, device: torch.device) -> None:
         self.device = device
         self.reserved = _round_up(max(reserved, 1))
         self.nbytes = 0
+        if not hasattr(mmap, "MAP_ANONYMOUS"):
+            raise HostMemoryError(
+                f"{sys.platform} has no memory that grows in place: leave offload=False"
+            )
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
         try:
             self._map = mmap.mmap(-1, self.reserved, flags=flags)

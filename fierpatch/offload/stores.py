@@ -194,6 +194,8 @@ class HostStore:
         self._transfer.join()
         old = self.paired
         capacity, batch_size, num_heads, width = old.shape
+        if rows.tolist() == list(range(batch_size)):
+            return  # as often in beam search, and all rows would cross PCIe twice
         if len(rows) != batch_size:
             self._allocate(len(rows), num_heads, width, capacity)
         chunk = max(_CHUNK // max(old[:1].nbytes, 1), 1)
