@@ -4,8 +4,8 @@ Whole decode steps of a model with random weights over a filled cache, compiled 
 with K and V on the device and on the host; queries turn so that consecutive selections overlap as
 asked, and the estimates by which a prefetch goes find the share of a selection that those of a real
 model do (`python -m bench residency`). Prefill of a prompt both ways in turn, with its peak memory.
-And how well a gather from the host hides behind the weights of a layer. `--plot` draws the steps
-against context and overlap.
+And how well a gather from the host hides behind the weights of a layer. `python -m bench plot`
+draws the steps against context and overlap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.rows import RESULTS, read, reason, save, table
 from bench.synthetic import SHAPES, fill, random_llama
 from bench.timing import queued, summary
 from fierpatch import FierCache, FierConfig
-from fierpatch.hot_set import MISSED, PREFETCHED, USED, USEFUL, HotSet
+from fierpatch.hot_set import ASKED, MISSED, PREFETCHED, USED, USEFUL, HotSet
 from fierpatch.offload import MemoryPool
 from fierpatch.offload.memory import HostMemory
 
@@ -57,14 +57,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
     parser.add_argument("--output", type=Path, help="the file of rows")
     parser.add_argument("--keep", action="store_true", help="keep the file's other rows")
-    parser.add_argument("--plot", type=Path, help="draw the file's rows to this image and stop")
     options = parser.parse_args(arguments)
     path = options.output or RESULTS / f"offload-{options.device}.jsonl"
-    if options.plot:
-        from bench.plot import steps_of_offload
-
-        print("drawn", steps_of_offload(read(path), options.plot))
-        return
     parts = options.only or ["hiding", "steps", "prefill"]
     settings = {
         "budget": options.budget,
@@ -82,12 +76,8 @@ def main(arguments: list[str]) -> None:
         for row in new:
             if "reason" in row:
                 print(f"not measured: {row['what']}: {row['reason']}", flush=True)
-        measured = {(row["what"], row.get("context"), row.get("overlap")) for row in rows}
-        kept = [
-            row
-            for row in earlier
-            if (row["what"], row.get("context"), row.get("overlap")) not in measured
-        ]
+        measured = {identity(row) for row in rows}
+        kept = [row for row in earlier if identity(row) not in measured]
         save("offload", options.device, with_ratios(rows), path, kept=kept)
 
     if "hiding" in parts:
@@ -173,10 +163,10 @@ def steps(
 def tallies(stores: list[Any]) -> torch.Tensor:
     """The sum of all hot sets' tallies; zeros where there are none."""
     found = [store.hot.tally.sum((0, 1)) for store in stores if store.hot is not None]
-    return torch.stack(found).sum(0).cpu() if found else torch.zeros(5, dtype=torch.int64)
+    return torch.stack(found).sum(0).cpu() if found else torch.zeros(6, dtype=torch.int64)
 
 
-def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float | None]:
     """What a hot set did in between."""
     done = (after - before).tolist()
     if not done[USED]:
@@ -184,7 +174,7 @@ def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
     return {
         "hit": 1 - done[MISSED] / done[USED],
         "prefetched": done[PREFETCHED] / done[USED],
-        "useful": done[USEFUL] / done[PREFETCHED] if done[PREFETCHED] else 0.0,
+        "useful": done[USEFUL] / done[ASKED] if done[ASKED] else None,
     }
 
 
@@ -273,6 +263,11 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     for row in rows:
         row["ratio"] = row["ms"] / rows[0]["ms"]
     return rows
+
+
+def identity(row: dict[str, Any]) -> tuple[object, ...]:
+    """What tells a row from others of the file."""
+    return tuple(row.get(name) for name in ("what", "context", "overlap", "hot_tokens", "budget"))
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

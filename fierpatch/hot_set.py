@@ -15,7 +15,7 @@ from torch import Tensor
 EMPTY = -1
 MISSING = 1 << 30  # added to the row of a token that is not there yet
 OLDEST = 126  # ages from here on are one, and an empty row is older still
-CLOCK, USED, MISSED, PREFETCHED, USEFUL = range(5)  # columns of a tally
+CLOCK, USED, MISSED, PREFETCHED, ASKED, USEFUL = range(6)  # columns of a tally
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class HotSet:
         stamps: int32 ``[B, L, R]``, ``2 step + 1`` where the token was last selected in that step,
             ``2 step`` where it was prefetched after it, and 0 for an empty row.
         row_of: int16 or int32 ``[B, L, C]``, the row of each token; EMPTY where it has none.
-        tally: int64 ``[B, L, 5]``: steps so far, tokens selected, of these fetched, tokens
-            prefetched, and of these selected.
+        tally: int64 ``[B, L, 6]``: steps so far, tokens selected, of these fetched; tokens
+            prefetched, tokens that prefetches asked for, these and those that were there already,
+            and tokens selected that were asked for since they were selected last.
     """
 
     rows: Tensor
@@ -58,7 +59,7 @@ class HotSet:
             tokens=new((*lead, num_rows), EMPTY, dtype=torch.int32),
             stamps=new((*lead, num_rows), 0, dtype=torch.int32),
             row_of=new((*lead, capacity), EMPTY, dtype=wide),
-            tally=new((*lead, 5), 0, dtype=torch.int64),
+            tally=new((*lead, 6), 0, dtype=torch.int64),
         )
 
     @property
@@ -149,6 +150,7 @@ def place(hot: HotSet, token_indices: Tensor, *, is_prefetch: bool = False) -> T
     hot.stamps[b, list_, new] = now.expand_as(row)[b, list_, k].int()
     if is_prefetch:
         hot.tally[..., PREFETCHED] += num_missing[..., 0]
+        hot.tally[..., ASKED] += is_used.sum(-1)
     else:
         hot.tally[..., CLOCK] += 1
         hot.tally[..., USED] += is_used.sum(-1)

@@ -17,7 +17,7 @@ from fierpatch.patching import current_handle
 
 pytest.importorskip("bench", reason="the benches are in the checkout alone: python -m pytest")
 
-from bench import decode, generate, plot, prefill_index, residency, traces, ways
+from bench import decode, generate, offload, plot, prefill_index, residency, traces, ways
 from bench.hot_set import EMPTY, HotSet
 from bench.peers import dense
 from bench.prompts import prefill
@@ -228,6 +228,49 @@ def test_a_curve_leaves_out_stages_and_what_was_not_measured() -> None:
         {"what": "stock", "context": 64, "reason": "refused"},
     ]
     assert plot.curves(rows) == {"patched": [(64, 1.0), (128, 2.0)]}
+
+
+def test_a_curve_against_the_overlap_is_of_one_context_and_size_of_the_hot_set() -> None:
+    rows: list[dict[str, Any]] = [
+        {"what": "offloaded", "context": 128, "overlap": 0.5, "ms": 2.0},
+        {"what": "offloaded", "context": 128, "overlap": 0.9, "ms": 1.0},
+        {"what": "offloaded", "context": 128, "overlap": 0.9, "ms": 1.5, "hot_tokens": 64},
+        {"what": "offloaded", "context": 512, "overlap": 0.9, "ms": 4.0},
+        {"what": "prefill, resident", "context": 128, "ms": 9.0},
+        {"what": "weights", "ms": 9.0},
+    ]
+    expected = {"offloaded": [(0.5, 2.0), (0.9, 1.0)], "offloaded, 64 hot rows": [(0.9, 1.5)]}
+    assert plot.curves(rows, "overlap") == expected
+
+
+@pytest.mark.parametrize("name", offload.WAYS)
+def test_steps_of_every_tier_have_rows_by_overlap(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    command = ["--device", "cpu", "--model", "llama-tiny", "--layers", "3", "--only", "steps"]
+    command += ["--context", "900", "--budget", "99", "--hot-tokens", "150", "--steps", "3"]
+    command += ["--compiler", "eager", "--overlap", "0.9", "0.5", "--output", str(path)]
+    offload.main([*command, "--ways", name])
+    rows = read(path)
+    assert [(row["what"], row["overlap"]) for row in rows] == [(name, 0.9), (name, 0.5)]
+    for row in rows:
+        check_times(row, "ms")
+        assert abs(row["overlap_found"] - row["overlap"]) < 0.1
+        assert ("hit" in row) == (name != "resident")
+        assert (row["host_mib"] > 0) == (name != "resident")
+    if name != "resident":
+        assert rows[0]["hit"] > rows[1]["hit"]
+    assert ("prefetch" in name) == bool(rows[0].get("prefetched"))
+
+
+def test_prefill_is_measured_on_the_device_and_on_the_host(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    command = ["--device", "cpu", "--model", "llama-tiny", "--layers", "3", "--only", "prefill"]
+    offload.main([*command, "--prompt", "200", "--rounds", "1", "--output", str(path)])
+    rows = read(path)
+    assert [row["what"] for row in rows] == ["prefill, resident", "prefill, offloaded"]
+    for row in rows:
+        check_times(row, "ms")
+    assert rows[0]["ratio"] == 1
 
 
 def test_a_plot_without_rows_says_what_to_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fierpatch.index import nbytes
 
 if TYPE_CHECKING:
+    from fierpatch.cache.buffers import LayerBuffers
     from fierpatch.cache.layer import LayerCache
 
 
@@ -45,7 +46,7 @@ class LayerFacts:
     hot_nbytes: int = 0
     tally: Tensor | None = None  # of the hot set
 
-    def record(self, layer: LayerCache) -> None:
+    def record(self, layer: LayerBuffers) -> None:
         """Take down the layer's sizes and keep its counters."""
         keys, values = layer.keys, layer.values
         self.counters, self.backend = layer.counters, layer.operators.name

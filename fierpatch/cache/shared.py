@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,11 +30,18 @@ class Shared:
     memory: MemoryPool = field(default_factory=MemoryPool)
     num_offloaded: int = 0
 
-    def enlist(self) -> Callable[[], bool]:
-        """Count one more offloaded layer; the function says whether it is the last of all."""
+    def enlist(self) -> int:
+        """Count one more offloaded layer, and say the how many-th it is, from 1 on."""
         self.num_offloaded += 1
-        number = self.num_offloaded
-        return lambda: number == self.num_offloaded
+        return self.num_offloaded
+
+    def check_host(self, nbytes: int) -> None:
+        """Check before the first offloaded layer takes so many bytes that all of them can.
+
+        Raises:
+            HostMemoryError: the host has too little memory; nothing was taken.
+        """
+        self.memory.check(nbytes * self.num_offloaded)
 
     def operators(self, config: FierConfig, key: Tensor, value: Tensor) -> Operators:
         """The operators of a layer with such keys and values.

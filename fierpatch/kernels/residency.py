@@ -48,7 +48,7 @@ def place_kernel(
     tokens_ptr += list_ * num_rows
     stamps_ptr += list_ * num_rows
     row_of_ptr += list_ * capacity
-    tally_ptr += list_ * 5
+    tally_ptr += list_ * 6
     freed_ptr += list_ * width
     step = tl.load(tally_ptr) + (0 if IS_PREFETCH else 1)
     now = (2 * step + (0 if IS_PREFETCH else 1)).to(tl.int32)
@@ -110,13 +110,14 @@ def place_kernel(
     tl.store(place_ptr + list_ * width + slot, lies, mask=slot < width)
     if IS_PREFETCH:
         tl.store(tally_ptr + 3, tl.load(tally_ptr + 3) + num_missing)
+        tl.store(tally_ptr + 4, tl.load(tally_ptr + 4) + tl.sum(is_used.to(tl.int32)))
     else:
         used, missed = tl.load(tally_ptr + 1), tl.load(tally_ptr + 2)
-        useful = tl.load(tally_ptr + 4)
+        useful = tl.load(tally_ptr + 5)
         tl.store(tally_ptr, step)
         tl.store(tally_ptr + 1, used + tl.sum(is_used.to(tl.int32)))
         tl.store(tally_ptr + 2, missed + num_missing)
-        tl.store(tally_ptr + 4, useful + tl.sum((is_hit & (before % 2 == 0)).to(tl.int32)))
+        tl.store(tally_ptr + 5, useful + tl.sum((is_hit & (before % 2 == 0)).to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=["num_lists", "num_kv_rows", "width", "num_rows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from fierpatch.errors import HostMemoryError
 
 _MOST_AT_ONCE = 32 << 30  # bytes in one registration; CUDA refuses very large ones
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; Python 3.13 names it
+# Python names it from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _PORTABLE = 1  # cudaHostRegisterPortable: for the contexts of all devices
 _PAGE = 2 << 20  # bytes of a huge page, in which memory is handed out faster
 _CGROUPS = (
@@ -52,6 +54,15 @@ class MemoryPool:
         memory.grow(nbytes)
         return memory
 
+    def check(self, nbytes: int) -> None:
+        """Check that so many bytes can be had, what is idle included.
+
+        Raises:
+            HostMemoryError: they cannot.
+        """
+        idle = sum(memory.nbytes for memory in self._idle)
+        _check_free(nbytes - idle)
+
     def give_back(self, memory: HostMemory) -> None:
         """Keep it for the next cache, if there may be one."""
         if self._is_open:
@@ -79,13 +90,17 @@ class HostMemory:
         device: the device that works on it.
 
     Raises:
-        HostMemoryError: the system does not give so many addresses.
+        HostMemoryError: the system does not give so many addresses, or has no such memory.
     """
 
     def __init__(self, reserved: int, device: torch.device) -> None:
         self.device = device
         self.reserved = _round_up(max(reserved, 1))
         self.nbytes = 0
+        if not hasattr(mmap, "MAP_ANONYMOUS"):
+            raise HostMemoryError(
+                f"{sys.platform} has no memory that grows in place: leave offload=False"
+            )
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
         try:
             self._map = mmap.mmap(-1, self.reserved, flags=flags)
@@ -117,12 +132,7 @@ class HostMemory:
             )
         if wanted <= self.nbytes:
             return
-        more, free = wanted - self.nbytes, available()
-        if free is not None and more > free:
-            raise HostMemoryError(
-                f"keys and values need {more} more bytes of host memory and {free} are free: "
-                "shorten the context, lower the batch size, or leave offload=False"
-            )
+        _check_free(wanted - self.nbytes)
         if self.device.type == "cuda":
             self._pin(self.nbytes, wanted)
         self.nbytes = wanted
@@ -186,6 +196,15 @@ def available() -> int | None:
         except (OSError, ValueError):
             continue  # no such control group, or one without a limit
     return max(min(found), 0) if found else None
+
+
+def _check_free(nbytes: int) -> None:
+    free = available()
+    if free is not None and nbytes > free:
+        raise HostMemoryError(
+            f"keys and values need {nbytes} more bytes of host memory and {free} are free: shorten "
+            "the context, lower the batch size, or leave offload=False"
+        )
 
 
 def _page_cache(group: Path) -> int:

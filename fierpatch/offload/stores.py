@@ -43,6 +43,21 @@ class Store(Protocol):
     def grow(self, capacity: int) -> None:
         """Make room for so many tokens, more than before."""
 
+    def write(self, key: Tensor, value: Tensor, start: int) -> None:
+        """Store the tokens of a prompt from `start` on, perhaps beside the computation."""
+
+    def join(self) -> None:
+        """Let the computation wait until all prompts are stored, of all layers of the cache."""
+
+    def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The first `start` tokens and those of a prompt behind them, all on the device.
+
+        Valid when the prompt is written too.
+        """
+
+    def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows, on the device; for a prompt that is compiled, of whose end a counter tells."""
+
     def take(self, rows: Tensor, num_tokens: int) -> None:
         """Make row i of the batch a copy of row ``rows[i]``, in place where there are as many."""
 
@@ -86,6 +101,23 @@ class DeviceStore:
         # One after the other, so that the old one's memory is free when the next is made.
         for place in range(len(self.rows)):
             self.rows[place] = _grown(self.rows[place], capacity)
+
+    def write(self, key: Tensor, value: Tensor, start: int) -> None:
+        """See `Store`."""
+        stop = start + key.shape[2]
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = key, value
+
+    def join(self) -> None:
+        """See `Store`."""
+
+    def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """See `Store`."""
+        stop = start + key.shape[2]
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Store`."""
+        return self.keys[:], self.values[:]
 
     def take(self, rows: Tensor, num_tokens: int) -> None:
         """See `Store`."""
@@ -162,6 +194,8 @@ class HostStore:
         self._transfer.join()
         old = self.paired
         capacity, batch_size, num_heads, width = old.shape
+        if rows.tolist() == list(range(batch_size)):
+            return  # as often in beam search, and all rows would cross PCIe twice
         if len(rows) != batch_size:
             self._allocate(len(rows), num_heads, width, capacity)
         chunk = max(_CHUNK // max(old[:1].nbytes, 1), 1)
@@ -173,17 +207,17 @@ class HostStore:
         """See `Store`."""
         # A prompt replaces what it stores, and nothing reads past what is stored.
 
-    def send(self, key: Tensor, value: Tensor, start: int) -> None:
-        """Store a prompt from token `start` on, beside the computation."""
+    def write(self, key: Tensor, value: Tensor, start: int) -> None:
+        """See `Store`. Beside the computation."""
         target = self._host[start : start + key.shape[2]]
         self._transfer.send(pair(key, value), target)
 
     def join(self) -> None:
-        """Let the computation wait until all prompts sent are stored."""
+        """See `Store`."""
         self._transfer.join()
 
     def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The first `start` tokens and new ones behind them, all on the device."""
+        """See `Store`."""
         self._transfer.join()
         stop = start + key.shape[2]
         paired = self.paired.new_empty((stop, *self.paired.shape[1:]))
@@ -193,7 +227,7 @@ class HostStore:
         return keys, values
 
     def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of all rows on the device, 0 from the counter on; for a step that is compiled."""
+        """See `Store`. Rows behind the last token are 0, whatever is there."""
         token = torch.arange(self.paired.shape[0], device=self.paired.device)
         is_stale = (token >= num_tokens)[:, None, None, None]
         return split([self.paired.masked_fill(is_stale, 0.0)], self._head_dim)

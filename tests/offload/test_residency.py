@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from fierpatch.errors import ConfigError
 from fierpatch.hot_set import (
+    ASKED,
     CLOCK,
     EMPTY,
     MISSED,
@@ -111,7 +112,7 @@ class HotSetMachine(RuleBasedStateMachine):
         num_lists = num_heads * lists_per_head
         self.hot = HotSet.empty(num_rows, NUM_TOKENS, batch_size, num_lists, 3, self.paired)
         self.models = [[Residency(num_rows) for _ in range(num_lists)] for _ in range(batch_size)]
-        self.sums = torch.zeros(batch_size, num_lists, 5, dtype=torch.int64)
+        self.sums = torch.zeros(batch_size, num_lists, 6, dtype=torch.int64)
 
     def rows_of(self, lists: list[list[list[int]]], *, is_prefetch: bool) -> None:
         token_indices = torch.tensor(lists)[:, :, None]
@@ -126,8 +127,8 @@ class HotSetMachine(RuleBasedStateMachine):
                 fetched = {t for t, gone in zip(chosen, missing, strict=True) if gone}
                 assert fetched == {token for _, token in expected.misses}
                 self.sums[b, number, PREFETCHED if is_prefetch else MISSED] += len(fetched)
-                if not is_prefetch:
-                    self.sums[b, number, USED] += len(chosen) - chosen.count(EMPTY)
+                used = len(chosen) - chosen.count(EMPTY)
+                self.sums[b, number, ASKED if is_prefetch else USED] += used
                 self.sums[b, number, CLOCK] = model.step
                 self.sums[b, number, USEFUL] = model.num_useful
 
