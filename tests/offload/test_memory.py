@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,11 @@ class TestHostMemory:
     def test_more_addresses_than_there_are_are_refused(self) -> None:
         with pytest.raises(HostMemoryError, match=rf"{1 << 62} bytes of addresses"):
             HostMemory(1 << 62, CPU)
+
+    def test_a_system_without_such_memory_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(memory.mmap, "MAP_ANONYMOUS")
+        with pytest.raises(HostMemoryError, match=rf"{sys.platform} .*offload=False"):
+            HostMemory(PAGE, CPU)
 
     def test_more_than_is_free_is_refused_and_nothing_changes(
         self, monkeypatch: pytest.MonkeyPatch
@@ -346,3 +352,13 @@ class TestPool:
         later = pool.take(PAGE, PAGE, CPU)
         pool.give_back(later)
         assert pool.take(PAGE, PAGE, CPU) is later
+
+    def test_a_check_beforehand_counts_what_is_idle(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool = MemoryPool()
+        held = [pool.take(2 * PAGE, 8 * PAGE, CPU) for _ in range(3)]
+        for one in held[:2]:
+            pool.give_back(one)
+        monkeypatch.setattr(memory, "available", lambda: PAGE)
+        pool.check(5 * PAGE)
+        with pytest.raises(HostMemoryError, match=rf"{PAGE + 1} more bytes .* {PAGE} are free"):
+            pool.check(5 * PAGE + 1)

@@ -84,15 +84,14 @@ class StoreMachine(RuleBasedStateMachine):
         """Which is attended over together with all that came before."""
         self.make_room(count)
         key, value = self.random(count)
-        stored, stop = self.stored, self.stored + count
-        keys, values = self.host.read(key, value, stored)
-        self.host.send(key, value, stored)
-        self.host.join()
-        for store, new in ((self.device.keys, key), (self.device.values, value)):
-            store[:, :, stored:stop] = new
+        read = [store.read(key, value, self.stored) for store in self.both]
+        for store in self.both:
+            store.write(key, value, self.stored)
+            store.join()
         self.keep(key, value)
-        assert torch.equal(keys, self.keys)
-        assert torch.equal(values, self.values)
+        for keys, values in read:
+            assert torch.equal(keys, self.keys)
+            assert torch.equal(values, self.values)
 
     @rule(count=st.integers(1, 3))
     def step(self, count: int) -> None:
@@ -154,9 +153,11 @@ class StoreMachine(RuleBasedStateMachine):
     def show_no_row_behind_the_last_one(self) -> None:
         """Or none that a weight of 0 would not hide, to those who read all there is room for."""
         assert all(rows.isfinite().all() for rows in self.device.rows)
-        keys, values = self.host.read_all(torch.tensor(self.stored))
-        assert torch.equal(keys[:, :, : self.stored], self.keys)
-        assert torch.equal(values[:, :, : self.stored], self.values)
+        for store in self.both:
+            keys, values = store.read_all(torch.tensor(self.stored))
+            assert keys.shape[2] == values.shape[2] == self.capacity
+            assert torch.equal(keys[:, :, : self.stored], self.keys)
+            assert torch.equal(values[:, :, : self.stored], self.values)
         assert not keys[:, :, self.stored :].any()
         assert not values[:, :, self.stored :].any()
 
@@ -193,7 +194,7 @@ def rows(count: int, batch_size: int = 2) -> tuple[Tensor, Tensor]:
 def filled(pool: MemoryPool, most_tokens: int | None = 100) -> tuple[HostStore, Tensor, Tensor]:
     key, value = rows(50)
     store = host_store(key, value, 60, pool, most_tokens)
-    store.send(key, value, 0)
+    store.write(key, value, 0)
     return store, key, value
 
 
@@ -228,6 +229,15 @@ def test_rows_change_their_order_a_few_tokens_at_a_time(
     store.take(torch.tensor(order), 50)
     assert torch.equal(store.keys[:, :, :50], key[order])
     assert torch.equal(store.values[:, :, :50], value[order])
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=str)
+def test_rows_that_stay_where_they_are_are_not_read(order: list[int]) -> None:
+    """They would cross to the device and back, at most steps of a beam search."""
+    store, _, _ = filled(MemoryPool())
+    version = store.paired._version
+    store.take(torch.tensor(order), 50)
+    assert (store.paired._version > version) == (order != [0, 1])
 
 
 @pytest.mark.usefixtures("no_collector")
