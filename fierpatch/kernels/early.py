@@ -5,7 +5,8 @@ wrote may be read at once, but past the first-level cache, which a new kernel fi
 that starts early perhaps not.
 
 A step is two such rows of kernels: append, query, scores, keys; and low, compact, attention, or
-with a second scoring compact, scores of candidates, choice among them, attention. In a row a kernel
+with a second scoring compact, scores of candidates, choice among them, attention. Where keys and
+values are on the host, placement comes before the attention. In a row a kernel
 is done only when the one before it is, because one of its programs at least waits, so that to wait
 for the last is enough.
 """

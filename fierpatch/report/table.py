@@ -84,8 +84,12 @@ class Report:
     @property
     def hit_rate(self) -> float | None:
         """Share of the tokens selected that needed no fetching, mean over the offloaded layers."""
-        rates = [layer.hit_rate for layer in self.layers if layer.hit_rate is not None]
-        return sum(rates) / len(rates) if rates else None
+        return _mean([layer.hit_rate for layer in self.layers])
+
+    @property
+    def prefetch_accuracy(self) -> float | None:
+        """Share of what prefetches asked for that was selected then, mean over those layers."""
+        return _mean([layer.prefetch_accuracy for layer in self.layers])
 
     @property
     def index_bytes(self) -> int:
@@ -152,12 +156,20 @@ class Report:
                 line += (
                     f"; fetches {_readable(self.bytes_fetched)} a step, hits {self.hit_rate:.1%}"
                 )
+            if self.prefetch_accuracy is not None:
+                line += f", prefetches {self.prefetch_accuracy:.1%}"
             lines.append(line)
         return "\n".join(([self.title] if self.title else []) + [line.rstrip() for line in lines])
 
 
 def _without_number(layer: LayerReport) -> Iterable[Any]:
     return (layer.kind, layer.reason, layer.backend, layer.tokens, layer.tokens_attended)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of those that there are."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
 
 
 def _readable(num_bytes: float) -> str:
