@@ -178,6 +178,8 @@ class LayerBuffers:
     def release(self) -> None:
         """Give the memory back, even if a graph or the compiler holds the tensors still."""
         for tensor in self.buffers:
+            if tensor is self.facts.tally:
+                continue  # which reports go on to read, as they do the counters
             # Not by resizing its storage: that would pull the memory from under any view of it.
             with torch.inference_mode(tensor.is_inference()):
                 tensor.set_()  # type: ignore[call-overload]
