@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fierpatch
 from fierpatch import FierCache, FierConfig
 from fierpatch.errors import ConfigError
+from fierpatch.hot_set import ASKED, CLOCK, MISSED, PREFETCHED, USED, USEFUL
+from fierpatch.offload.residency import Residency
 from hf.models import WINDOW, prompt, tiny_config, tiny_model
 
 INDEXES = st.sampled_from(
@@ -78,6 +80,119 @@ def test_tokens_and_bytes_are_those_of_the_tensors(is_static: bool, dtype: torch
         assert store.facts.itemsize == dtype.itemsize
     assert report.kv_bytes == sum(layer.kv_bytes for layer in report.layers)
     assert report.index_bytes == sum(index_nbytes(cache, number) for number in cache.stores)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("per_query_head", [False, True])
+def test_what_is_offloaded_is_counted_where_it_is(is_static: bool, per_query_head: bool) -> None:
+    model = tiny_model("gemma3").to(torch.bfloat16)
+    settings = FierConfig(
+        budget=64, offload=True, hot_tokens=70, compile=is_static, per_query_head=per_query_head
+    )
+    with fierpatch.apply(model, settings) as handle:
+        options = {"max_new_tokens": 10, "return_dict_in_generate": True}
+        cache = model.generate(prompt(505, 2), **options).past_key_values
+        report = handle.report()
+        assert handle.report(cache) == report
+    sliding = [layer for layer in report.layers if layer.kind == "sliding"]
+    on_device = sum(layer.kv_bytes for layer in sliding)
+    for number, store in cache.stores.items():
+        layer = report.layers[number]
+        held = nbytes(store.keys, store.values)
+        assert layer.kv_bytes == held
+        assert layer.host_bytes == (0 if layer.kind == "dense" else held)
+        on_device += held - layer.host_bytes + index_nbytes(cache, number)
+        if layer.kind == "dense":
+            assert (store.hot, layer.hot_bytes, layer.hit_rate) == (None, 0, None)
+        else:
+            assert layer.hot_bytes == nbytes(*store.hot.tensors)
+            assert store.hot.rows.shape[:3] == (2, 4 if per_query_head else 2, 70)
+            on_device += layer.hot_bytes
+    assert report.host_bytes == sum(layer.host_bytes for layer in report.layers) > 0
+    assert report.device_bytes == on_device
+
+
+def test_what_was_fetched_is_what_the_policy_did_not_have_in_its_rows() -> None:
+    """By the lists that were selected, of each row of the batch and each KV head."""
+    model = tiny_model("llama")
+    lists: dict[int, list[list[Residency]]] = {}
+    fetched: dict[int, int] = {}
+
+    def observe(layer: Any, query: Any, token_indices: torch.Tensor, *rest: Any) -> None:
+        of_rows = lists.setdefault(id(layer), [[Residency(30) for _ in "12"] for _ in "12"])
+        for row, residencies in enumerate(of_rows):
+            for head, residency in enumerate(residencies):
+                placement = residency.place(token_indices[row, head, 0].tolist())
+                fetched[id(layer)] = fetched.get(id(layer), 0) + len(placement.misses)
+
+    with fierpatch.apply(model, budget=24, offload=True, hot_tokens=30) as handle:
+        cache = handle.new_cache()
+        cache.observe(observe)
+        model.generate(prompt(200, 2), max_new_tokens=9, past_key_values=cache)
+        report = handle.report()
+    num_selected, row = 8 * 2 * 2 * 24, 2 * 16 * 4
+    rates = []
+    for number in (2, 3):
+        layer, missed = report.layers[number], fetched[id(cache.stores[number])]
+        assert 0 < missed < num_selected
+        rates.append(1 - missed / num_selected)
+        assert layer.hit_rate == rates[-1]
+        assert layer.bytes_fetched == missed * row / 8
+        assert layer.prefetch_accuracy is None
+    assert report.hit_rate == sum(rates) / 2
+    assert report.bytes_fetched == sum(fetched.values()) * row / 8
+    assert report.prefetch_accuracy is None
+
+
+def test_what_was_fetched_ahead_is_counted_too() -> None:
+    model = tiny_model("llama")
+    options = {"budget": 24, "offload": True, "hot_tokens": 60, "prefetch": True}
+    with fierpatch.apply(model, **options) as handle:
+        cache = handle.new_cache()
+        model.generate(prompt(200), max_new_tokens=9, past_key_values=cache)
+        report = handle.report()
+    row = 2 * 16 * 4
+    for number in (2, 3):
+        layer, hot = report.layers[number], cache.stores[number].hot
+        counts = hot.tally.sum((0, 1))
+        assert (hot.tally[..., CLOCK] == 8).all()
+        assert counts[USED] == 8 * 2 * 24
+        assert counts[PREFETCHED] > 0
+        assert layer.hit_rate == 1 - counts[MISSED].item() / (8 * 2 * 24)
+        assert layer.bytes_fetched == (counts[MISSED] + counts[PREFETCHED]).item() * row / 8
+        assert layer.prefetch_accuracy == counts[USEFUL].item() / counts[ASKED].item()
+        assert 0 < layer.prefetch_accuracy <= 1
+    last = str(report).splitlines()[-1]
+    assert last.endswith(f", prefetches {report.prefetch_accuracy:.1%}")
+
+
+def test_a_table_says_what_is_on_the_host_and_what_was_fetched_from_there() -> None:
+    model = tiny_model("llama")
+    with fierpatch.apply(model, budget=24, offload=True) as handle, torch.no_grad():
+        assert "offload" not in str(handle.report()), "nothing was stored yet"
+        cache = handle.new_cache()
+        model(prompt(500), past_key_values=cache)
+        last = str(handle.report()).splitlines()[-1]
+        assert last.startswith("offload: 256.0 KiB of KV on the host, ")
+        assert last.endswith(" in all on the device")
+        model(prompt(1), past_key_values=cache)
+        last = str(handle.report()).splitlines()[-1]
+        # All 24 rows of two lists in two layers, none of which was there before.
+        assert last.endswith("; fetches 12.0 KiB a step, hits 0.0%")
+    with fierpatch.apply(model, budget=24) as handle:
+        model.generate(prompt(20), max_new_tokens=2)
+        assert "offload" not in str(handle.report())
+    assert "offload: " in str(fierpatch.estimate(model, 500, budget=24, offload=True))
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_what_is_offloaded_stays_reported_when_the_patch_is_gone(is_static: bool) -> None:
+    model = tiny_model("llama")
+    handle = fierpatch.apply(model, budget=24, offload=True, compile=is_static)
+    model.generate(prompt(60), max_new_tokens=4)
+    report = handle.report()
+    handle.remove()
+    assert handle.report() == report
 
 
 def test_numbers_outlive_the_cache_and_the_next_run_replaces_them() -> None:
@@ -184,9 +299,55 @@ def test_an_estimate_is_what_a_prompt_of_that_length_allocates(
         assert layer.index_bytes == index_nbytes(cache, number)
 
 
-def test_an_estimate_is_the_report_of_the_run() -> None:
+@settings(max_examples=20)
+@given(
+    context=st.integers(9, 1500),
+    batch=st.integers(1, 2),
+    per_query_head=st.booleans(),
+    hot_tokens=st.sampled_from((None, 64, 1000, 40_000)),
+    dense_layers=st.integers(0, 3),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    family=st.sampled_from(("llama", "qwen3", "gemma3")),
+)
+def test_an_estimate_of_what_is_offloaded_is_what_a_prompt_of_that_length_takes(
+    context: int,
+    batch: int,
+    per_query_head: bool,
+    hot_tokens: int | None,
+    dense_layers: int,
+    dtype: torch.dtype,
+    family: str,
+) -> None:
+    config = tiny_config(family)
+    options: dict[str, Any] = {
+        "budget": 64,
+        "offload": True,
+        "per_query_head": per_query_head,
+        "hot_tokens": hot_tokens,
+        "dense_layers": dense_layers,
+    }
+    estimate = fierpatch.estimate(config, context, batch, dtype=dtype, **options)
+    cache = FierCache(config, FierConfig(**options))
+    keys = torch.zeros(batch, 2, context, config.head_dim, dtype=dtype)
+    query = torch.zeros(batch, 4, context, config.head_dim, dtype=dtype)
+    for number, store in cache.stores.items():
+        cache.update(keys, keys, number)
+        if not store.is_dense:
+            store.index_prompt(query)
+        layer = estimate.layers[number]
+        held = nbytes(store.keys, store.values)
+        assert layer.kv_bytes == held
+        assert layer.index_bytes == index_nbytes(cache, number)
+        assert layer.host_bytes == (0 if store.is_dense else held)
+        assert layer.hot_bytes == (0 if store.hot is None else nbytes(*store.hot.tensors))
+        assert (store.hot is None) == store.is_dense
+        assert layer.hit_rate is layer.prefetch_accuracy is None
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": True, "prefetch": True}], ids=str)
+def test_an_estimate_is_the_report_of_the_run(options: dict[str, Any]) -> None:
     model = tiny_model("qwen3")
-    with fierpatch.apply(model, budget=64) as handle, torch.no_grad():
+    with fierpatch.apply(model, budget=64, **options) as handle, torch.no_grad():
         cache = handle.new_cache()
         model(prompt(700, 2), past_key_values=cache)
         run = handle.report().layers
