@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -445,6 +446,27 @@ def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(PositionLimitError, match="21 tokens"):
         layer.update(*rows(1))
     assert layer.num_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("positions", "value_dim"),
+    [(1 << 14, 8), (20_164, VALUE_DIM)],  # whose rows fill what is reserved, to the last bucket
+    ids=["whole buckets", "a part of one"],
+)
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_a_growing_cache_reaches_the_last_position(
+    is_offloaded: bool, positions: int, value_dim: int
+) -> None:
+    """By steps and by prompts, with room for no bucket behind it."""
+    layer = LayerCache(FierConfig(budget=64, offload=is_offloaded), max_positions=positions)
+    key = torch.randn(1, NUM_KV_HEADS, positions, HEAD_DIM)
+    value = torch.randn(1, NUM_KV_HEADS, positions, value_dim)
+    cuts = (0, positions - 700, positions - 100, positions - 1, positions)
+    for start, stop in pairwise(cuts):
+        layer.update(key[:, :, start:stop], value[:, :, start:stop])
+    assert layer.capacity == -(-positions // BUCKET_SIZE) * BUCKET_SIZE
+    assert torch.equal(layer.keys[:, :, :positions], key)
+    assert torch.equal(layer.values[:, :, :positions], value)
 
 
 def test_an_observer_sees_what_was_selected() -> None:

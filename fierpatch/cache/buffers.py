@@ -207,6 +207,8 @@ class LayerBuffers:
             return
         # An eighth more at a time: few copies, and never twice the memory.
         capacity = _round_up(max(num_tokens, self.capacity + self.capacity // 8))
+        if self.max_positions is not None:
+            capacity = min(capacity, _round_up(self.max_positions))
         store = self._allocated
         if self._place == 1:
             self._shared.check_host(store.host_nbytes * (capacity - self.capacity) // self.capacity)
@@ -226,6 +228,7 @@ class LayerBuffers:
             token = (key.shape[3] + value.shape[3]) * key.shape[1] * key.element_size()
             self._shared.check_host(self.capacity * key.shape[0] * token)
         most = self.capacity if self.is_static else self.max_positions
+        most = None if most is None else _round_up(most)
         shared = self._shared
         return HostStore(key, value, self.capacity, most, shared.transfer, shared.memory)
 
