@@ -194,6 +194,7 @@ def schedules(draw: st.DrawFn) -> tuple[int, Schedule]:
         "verify": st.integers(2, 8),
         "crop": st.integers(0, 80),
         "reorder": any_rows,
+        "start over": st.integers(25, 90),
     }
     one = st.sampled_from(list(actions)).flatmap(
         lambda name: st.tuples(st.just(name), actions[name])
@@ -216,6 +217,8 @@ def follow(
         elif name == "reorder":
             cache.reorder_cache(torch.tensor(argument))
         else:
+            if name == "start over":
+                cache.reset()
             repeats, count = (argument, 1) if name == "steps" else (1, argument)
             for _ in range(repeats):
                 tokens = prompt(count, batch_size, seed=next(seeds))
@@ -231,6 +234,13 @@ def follow(
     hot_tokens=st.sampled_from((None, 24, 40)),
 )
 @example(
+    schedule=(1, [("prompt", 60), ("steps", 3), ("start over", 70), ("steps", 2)]),
+    is_static=True,
+    is_ahead=False,
+    per_query_head=False,
+    hot_tokens=None,
+)
+@example(
     schedule=(2, [("prompt", 500), ("steps", 20), ("crop", 15), ("reorder", [1, 1]), ("steps", 9)]),
     is_static=False,
     is_ahead=True,
@@ -244,7 +254,7 @@ def test_any_conversation_gives_the_logits_of_the_device(
     per_query_head: bool,
     hot_tokens: int | None,
 ) -> None:
-    """Prompts, steps, drafts of a few tokens, crops, and rows in another order."""
+    """Prompts, steps, drafts of a few tokens, crops, rows in another order, and a new start."""
     common = {"per_query_head": per_query_head, "compile": is_static}
     offload = {"offload": True, "prefetch": is_ahead, "hot_tokens": hot_tokens}
     results = []
@@ -275,8 +285,7 @@ def generate(model: PreTrainedModel, length: int = 60, **options: Any) -> Tensor
 
 @pytest.mark.usefixtures("_no_memories")
 class TestMemory:
-    @pytest.mark.parametrize("is_static", [False, True])
-    @pytest.mark.parametrize("is_ahead", [False, True])
+    @pytest.mark.parametrize(("is_static", "is_ahead"), [(False, True), (True, False)])
     def test_ten_runs_take_that_of_one_and_give_it_back_with_the_patch(
         self, is_static: bool, is_ahead: bool
     ) -> None:
@@ -368,8 +377,7 @@ class TestMemory:
             assert torch.equal(generate(fresh), found)
 
 
-@pytest.mark.parametrize("is_ahead", [False, True])
-@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize(("is_static", "is_ahead"), [(False, True), (True, False)])
 @pytest.mark.parametrize("num_passes", [1, 4])
 def test_a_run_that_is_broken_off_spoils_no_later_one(
     num_passes: int, is_static: bool, is_ahead: bool

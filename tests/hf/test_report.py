@@ -145,22 +145,24 @@ def test_what_was_fetched_is_what_the_policy_did_not_have_in_its_rows() -> None:
 
 
 def test_what_was_fetched_ahead_is_counted_too() -> None:
+    """Ahead of a step its own token is not there to be asked for."""
     model = tiny_model("llama")
     options = {"budget": 24, "offload": True, "hot_tokens": 60, "prefetch": True}
     with fierpatch.apply(model, **options) as handle:
         cache = handle.new_cache()
-        model.generate(prompt(200), max_new_tokens=9, past_key_values=cache)
+        model.generate(prompt(20), max_new_tokens=9, past_key_values=cache)
         report = handle.report()
     row = 2 * 16 * 4
+    num_used, num_asked = (2 * sum(min(start + n, 24) for n in range(8)) for start in (21, 20))
     for number in (2, 3):
         layer, hot = report.layers[number], cache.stores[number].hot
         counts = hot.tally.sum((0, 1))
         assert (hot.tally[..., CLOCK] == 8).all()
-        assert counts[USED] == 8 * 2 * 24
+        assert (counts[USED], counts[ASKED]) == (num_used, num_asked)
         assert counts[PREFETCHED] > 0
-        assert layer.hit_rate == 1 - counts[MISSED].item() / (8 * 2 * 24)
+        assert layer.hit_rate == 1 - counts[MISSED].item() / num_used
         assert layer.bytes_fetched == (counts[MISSED] + counts[PREFETCHED]).item() * row / 8
-        assert layer.prefetch_accuracy == counts[USEFUL].item() / counts[ASKED].item()
+        assert layer.prefetch_accuracy == counts[USEFUL].item() / num_asked
         assert 0 < layer.prefetch_accuracy <= 1
     last = str(report).splitlines()[-1]
     assert last.endswith(f", prefetches {report.prefetch_accuracy:.1%}")
