@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fierpatch.hot_set import EMPTY, HotSet
+from fierpatch.hot_set import EMPTY, MISSING, HotSet
 from fierpatch.hot_set import fetch as fetch_reference
 from fierpatch.hot_set import place as place_reference
 from fierpatch.rows import split
@@ -113,10 +113,15 @@ def check_residency(case: Steps, device: torch.device) -> None:
         places = residency.place(found, lists.to(device))
         options = {"scale": 0.1, "counters": counters, "arrivals": arrivals}
         views = split([held], case.head_dim)
-        output = attention.gather_attention(
-            query, *views, lists.to(device), hot=(found.rows, places), **options
-        )
         own = place_reference(expected, lists)
+        without = hide_hits(held, lists, own)
+        output = attention.gather_attention(
+            query,
+            *split([without], case.head_dim),
+            lists.to(device),
+            hot=(found.rows, places),
+            **options,
+        )
         fetch_reference(expected, own, lists, paired)
         assert torch.equal(places.cpu(), own)
         plain = attention.gather_attention(query, *views, lists.to(device), **options)
@@ -127,11 +132,38 @@ def check_residency(case: Steps, device: torch.device) -> None:
         assert torch.equal(plain, flat)
         if case.candidates:
             more = lists_of(case, step + 1, case.candidates, generator)
-            places = residency.place(found, more.to(device), counters)
+            stored = case.num_tokens - case.num_tokens // 5
+            fewer = torch.full_like(counters, stored)
+            places = residency.place(found, more.to(device), fewer)
             residency.fetch(found, places, more.to(device), held)
+            more = torch.where(more < stored, more, EMPTY)
             own = place_reference(expected, more, is_prefetch=True)
             fetch_reference(expected, own, more, paired)
             assert torch.equal(places.cpu(), own)
         for mine, other in zip(found.tensors[1:], expected.tensors[1:], strict=True):
             assert torch.equal(mine.cpu(), other)
         assert torch.equal(words(found.rows.cpu()), words(expected.rows))
+
+
+def hide_hits(paired: Tensor, lists: Tensor, places: Tensor) -> Tensor:
+    """The rows with NaN in those that no list has to fetch: who reads them there is found out."""
+    hidden = paired.clone()
+    lists_per_head = lists.shape[1] // paired.shape[2]
+    for b in range(lists.shape[0]):
+        for head in range(paired.shape[2]):
+            own = slice(head * lists_per_head, (head + 1) * lists_per_head)
+            tokens, lies = lists[b, own], places[b, own]
+            fetched = set(tokens[lies >= MISSING].tolist())
+            held = set(tokens[(lies >= 0) & (lies < MISSING)].tolist()) - fetched
+            hidden[sorted(held), b, head] = torch.nan
+    return hidden
+
+
+def check_an_empty_row_goes_first(device: torch.device) -> None:
+    """Before that of a token which was selected so long ago that its age has stopped to count."""
+    from fierpatch.kernels import residency
+
+    hot = HotSet.empty(3, 9, 1, 1, 4, torch.zeros(1, device=device))
+    for token in (0, *[1] * 70, 2):
+        residency.place(hot, torch.tensor([[[[token]]]], device=device))
+    assert hot.tokens.tolist() == [[[0, 1, 2]]]

@@ -8,7 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels.feeds import Feed, check_append, feeds
-from kernels.residencies import Steps, any_steps, check_residency
+from kernels.residencies import (
+    Steps,
+    any_steps,
+    check_an_empty_row_goes_first,
+    check_residency,
+)
 from kernels.tensors import few
 
 CPU = torch.device("cpu")
@@ -21,6 +26,10 @@ CPU = torch.device("cpu")
 @example(Steps(64, 64, 128, fill=1.0, drift=64, candidates=9))
 def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
     check_residency(case, CPU)
+
+
+def test_an_empty_row_goes_before_the_oldest() -> None:
+    check_an_empty_row_goes_first(CPU)
 
 
 @few(15)
