@@ -49,7 +49,7 @@ def prefill(model: Any, ids: Tensor) -> Prefill:
         cache = handle.new_cache()
         for number, store in cache.stores.items():
 
-            def keep(query: Tensor, number: int = number) -> None:
+            def keep(query: Tensor, keys: Tensor, *, number: int = number) -> None:
                 queries[number] = query.clone()
 
             store.index_prompt = keep  # type: ignore[method-assign]

@@ -230,7 +230,10 @@ class LayerBuffers:
         most = self.capacity if self.is_static else self.max_positions
         most = None if most is None else _round_up(most)
         shared = self._shared
-        return HostStore(key, value, self.capacity, most, shared.transfer, shared.memory)
+        store = HostStore(key, value, self.capacity, most, shared.transfer, shared.memory)
+        if self.is_static:
+            store.clear()  # the memory may have been another cache's
+        return store
 
     def _make_hot(self, num_lists: int) -> None:
         batch_size, _, _, head_dim = self.keys.shape

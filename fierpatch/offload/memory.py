@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ class MemoryPool:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may give back while this thread takes
         self._idle: list[HostMemory] = []
         self._is_open = True
 
@@ -43,14 +45,15 @@ class MemoryPool:
             HostMemoryError: see `HostMemory`.
         """
         reserved = _round_up(1 << (max(reserved, 1) - 1).bit_length())
-        fitting = [x for x in self._idle if (x.reserved, x.device) == (reserved, device)]
-        if fitting:
-            memory = max(fitting, key=lambda one: one.nbytes)
-            self._idle.remove(memory)
-        else:
-            # Another shape than before, which will hardly come back.
-            self._idle.clear()
-            memory = HostMemory(reserved, device)
+        with self._lock:
+            fitting = [x for x in self._idle if (x.reserved, x.device) == (reserved, device)]
+            if fitting:
+                memory = max(fitting, key=lambda one: one.nbytes)
+                self._idle.remove(memory)
+            else:
+                # Another shape than before, which will hardly come back.
+                self._idle.clear()
+                memory = HostMemory(reserved, device)
         memory.grow(nbytes)
         return memory
 
@@ -158,6 +161,9 @@ class HostMemory:
                 status = int(_cudart().cudaHostRegister(address, size, _PORTABLE))
                 if status:
                     _unpin(done, self.device)
+                    with suppress(RuntimeError, AssertionError):
+                        # Else the next launch would take this error for its own.
+                        torch.zeros(1, device=self.device)
                     raise HostMemoryError(
                         f"CUDA does not pin {size} bytes of host memory (cudaError {status}): "
                         "raise the limit on locked memory (ulimit -l), free memory, or leave "

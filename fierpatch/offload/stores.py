@@ -205,7 +205,8 @@ class HostStore:
 
     def clear(self) -> None:
         """See `Store`."""
-        # A prompt replaces what it stores, and nothing reads past what is stored.
+        # Dense attention over a whole static buffer passes a weight of 0 to what is not stored.
+        self.paired.zero_()
 
     def write(self, key: Tensor, value: Tensor, start: int) -> None:
         """See `Store`. Beside the computation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ class Transfer:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def send(self, source: Tensor, target: Tensor) -> None:
@@ -30,9 +30,7 @@ class Transfer:
             target.copy_(source)
             return
         device = source.device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
+        stream = _copy_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
@@ -51,3 +49,12 @@ class Transfer:
             # Behind this the allocator may give the memory to whatever computes next.
             event.wait(torch.cuda.current_stream(source.device))
             self._waiting.popleft()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all caches: what a run that was broken off still copies comes before the next run's.
+
+    Which may be to the same memory.
+    """
+    return torch.cuda.Stream(device)

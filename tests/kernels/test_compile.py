@@ -40,6 +40,7 @@ HOT = {  # what a step of an index launches, at the least
     "code_scores_kernel",
     "key_scores_kernel",
     "refine_kernel",
+    "place_kernel",
     "gather_attention_kernel",
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ guide, 17.3)
@@ -90,7 +91,7 @@ def test_a_specialization_decides_every_type_of_its_launches(
     reused: dict[str, dict[str, Any]],
 ) -> None:
     """It is compiled for its first launch; the next pass addresses, whatever lies there."""
-    assert reused.keys() == {*HOT, "index_kernel"}
+    assert reused.keys() == {*HOT, "index_kernel", "fetch_kernel"}
     assert all(x["shared"] >= 2 for x in reused.values())
     assert {name: x["mistaken"] for name, x in reused.items() if x["mistaken"]} == {}
 
