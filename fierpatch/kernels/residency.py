@@ -16,7 +16,7 @@ from fierpatch.kernels.launch import Specialization
 
 _AGES = 128  # what an age may be, an empty row's included
 _FETCH_BLOCK = 32  # tokens that a program fetches at once
-_FETCH_PROGRAMS = 16  # so few that they leave the multiprocessors to what runs beside them
+_FETCH_PROGRAMS = 12  # so few that they leave the multiprocessors to what runs beside them
 
 
 @triton.jit(do_not_specialize=["width", "num_rows", "capacity"])
@@ -194,7 +194,7 @@ def place_specialization(
         "IS_PREFETCH": is_prefetch,
         "IS_EARLY": is_early and not is_prefetch,
     }
-    num_warps = min(max(constants["BLOCK_R"] // 64, 4), 32)
+    num_warps = min(max(constants["BLOCK_R"] // 128, 4), 32)
     return Specialization(
         place_kernel, constants, num_warps=num_warps, is_early=bool(constants["IS_EARLY"])
     )

@@ -137,6 +137,8 @@ class HostMemory:
             return
         _check_free(wanted - self.nbytes)
         if self.device.type == "cuda":
+            # Handed out by the system to all threads first, it is pinned seven times faster.
+            self._bytes[self.nbytes : wanted].zero_()
             self._pin(self.nbytes, wanted)
         self.nbytes = wanted
 
