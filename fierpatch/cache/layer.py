@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from fierpatch.cache.buffers import LayerBuffers
 from fierpatch.cache.checks import check_fit
 from fierpatch.cache.facts import Observer
+from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.hot_set import HotSet
 
@@ -34,8 +34,24 @@ class LayerCache(LayerBuffers):
         shared: what the layers of one cache have in common; None means nothing.
     """
 
-    def __init__(self, config: FierConfig, **options: Any) -> None:
-        super().__init__(config, **options)
+    def __init__(
+        self,
+        config: FierConfig,
+        *,
+        capacity: int = 0,
+        is_static: bool = False,
+        is_dense: bool = False,
+        max_positions: int | None = None,
+        shared: Shared | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            capacity=capacity,
+            is_static=is_static,
+            is_dense=is_dense,
+            max_positions=max_positions,
+            shared=shared,
+        )
         # For prompts that are compiled too: then masks are made for the whole capacity.
         self.hands_out_all = False
         self.observer: Observer | None = None
