@@ -26,7 +26,7 @@ from bench.rows import RESULTS, read, reason, save, table
 from bench.synthetic import SHAPES, fill, random_llama
 from bench.timing import queued, summary
 from fierpatch import FierCache, FierConfig
-from fierpatch.hot_set import ASKED, MISSED, PREFETCHED, USED, USEFUL, HotSet
+from fierpatch.hot_set import ASKED, MISSED, NUM_COUNTS, PREFETCHED, USED, USEFUL, HotSet
 from fierpatch.offload import MemoryPool
 from fierpatch.offload.memory import HostMemory
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
         "--share", type=float, default=0.81, help="of a selection that its estimate finds"
     )
     parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--hot-tokens", type=int, help="rows of the hot set; twice the budget")
+    parser.add_argument("--hot-tokens", type=int, help="rows of the hot set; 4 budgets")
     add_index(parser)
     parser.add_argument("--prompt", type=int, default=32_768, help="tokens of the prefill")
     parser.add_argument("--rounds", type=int, default=3, help="of the prefill")
@@ -163,7 +163,7 @@ def steps(
 def tallies(stores: list[Any]) -> torch.Tensor:
     """The sum of all hot sets' tallies; zeros where there are none."""
     found = [store.hot.tally.sum((0, 1)) for store in stores if store.hot is not None]
-    return torch.stack(found).sum(0).cpu() if found else torch.zeros(6, dtype=torch.int64)
+    return torch.stack(found).sum(0).cpu() if found else torch.zeros(NUM_COUNTS, dtype=torch.int64)
 
 
 def hits(before: torch.Tensor, after: torch.Tensor) -> dict[str, float | None]:
@@ -210,6 +210,7 @@ def prefills(
 def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of the weights of four layers, alone and beside a gather of 4 MiB for each."""
     from fierpatch.kernels import residency
+    from fierpatch.kernels.ahead import side_stream
 
     device = torch.device(options.device)
     sizes = SHAPES["llama-8b"]
@@ -230,7 +231,7 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     lists = lists[None, :, None].contiguous()
     places = residency.place(hot, lists).clone()
     token = torch.randn(1, hidden, dtype=dtype, device=device)
-    side = torch.cuda.Stream(device, priority=-1)
+    side = side_stream(device)
 
     def work(with_weights: bool, with_gather: bool) -> None:
         main = torch.cuda.current_stream(device)

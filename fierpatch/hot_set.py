@@ -16,6 +16,7 @@ EMPTY = -1
 MISSING = 1 << 30  # added to the row of a token that is not there yet
 OLDEST = 126  # ages from here on are one, and an empty row is older still
 CLOCK, USED, MISSED, PREFETCHED, ASKED, USEFUL = range(6)  # columns of a tally
+NUM_COUNTS = 6
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class HotSet:
             tokens=new((*lead, num_rows), EMPTY, dtype=torch.int32),
             stamps=new((*lead, num_rows), 0, dtype=torch.int32),
             row_of=new((*lead, capacity), EMPTY, dtype=wide),
-            tally=new((*lead, 6), 0, dtype=torch.int64),
+            tally=new((*lead, NUM_COUNTS), 0, dtype=torch.int64),
         )
 
     @property

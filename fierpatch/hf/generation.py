@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers.generation.configuration_utils import GenerationMode
@@ -69,9 +70,8 @@ def prepare_cache(
         offload=settings.offload or "offloaded" in (implementation or ""),
     )
     is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-    cache = FierCache(
-        model.config, settings, memory=memory
-    )  # grows: the first prompt decides the capacity
+    make_cache = partial(FierCache, model.config, settings, memory=memory)
+    cache = make_cache()  # grows: the first prompt decides the capacity
     if is_assisted and settings.compile and not cache.is_croppable:
         raise ConfigError(
             "assisted decoding takes rejected tokens back, which transformers' static sliding "
@@ -83,7 +83,7 @@ def prepare_cache(
         cache = pool.lend(
             Demand.of(model, settings, rows),
             num_tokens,
-            lambda length: FierCache(model.config, settings, max_cache_len=length, memory=memory),
+            lambda length: make_cache(max_cache_len=length),
         )
         if generation_config.prefill_chunk_size is not None:
             # generate compiles the chunks too, and a graph cannot allocate what outlives it.

@@ -10,11 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fierpatch.hot_set import HotSet
-from fierpatch.kernels.constants import EMPTY, MISSING, OLDEST
+from fierpatch.kernels.constants import (
+    ASKED,
+    CLOCK,
+    EMPTY,
+    MISSED,
+    MISSING,
+    NUM_COUNTS,
+    OLDEST,
+    PREFETCHED,
+    USED,
+    USEFUL,
+)
 from fierpatch.kernels.early import await_previous, can_start_early, start_next
 from fierpatch.kernels.launch import Specialization
 
-_AGES = 128  # what an age may be, an empty row's included
+_AGES = OLDEST.value + 2  # from 0 to that of an empty row: a power of two
 _FETCH_BLOCK = 32  # tokens that a program fetches at once
 _FETCH_PROGRAMS = 12  # so few that they leave the multiprocessors to what runs beside them
 
@@ -48,9 +59,9 @@ def place_kernel(
     tokens_ptr += list_ * num_rows
     stamps_ptr += list_ * num_rows
     row_of_ptr += list_ * capacity
-    tally_ptr += list_ * 6
+    tally_ptr += list_ * NUM_COUNTS
     freed_ptr += list_ * width
-    step = tl.load(tally_ptr) + (0 if IS_PREFETCH else 1)
+    step = tl.load(tally_ptr + CLOCK) + (0 if IS_PREFETCH else 1)
     now = (2 * step + (0 if IS_PREFETCH else 1)).to(tl.int32)
     held = tl.load(tokens_ptr + row, mask=row < num_rows, other=0)
     await_previous(IS_EARLY)
@@ -109,15 +120,15 @@ def place_kernel(
     lies = tl.where(is_missing, new + MISSING, tl.where(is_used, found, EMPTY))
     tl.store(place_ptr + list_ * width + slot, lies, mask=slot < width)
     if IS_PREFETCH:
-        tl.store(tally_ptr + 3, tl.load(tally_ptr + 3) + num_missing)
-        tl.store(tally_ptr + 4, tl.load(tally_ptr + 4) + tl.sum(is_used.to(tl.int32)))
+        tl.store(tally_ptr + PREFETCHED, tl.load(tally_ptr + PREFETCHED) + num_missing)
+        tl.store(tally_ptr + ASKED, tl.load(tally_ptr + ASKED) + tl.sum(is_used.to(tl.int32)))
     else:
-        used, missed = tl.load(tally_ptr + 1), tl.load(tally_ptr + 2)
-        useful = tl.load(tally_ptr + 5)
-        tl.store(tally_ptr, step)
-        tl.store(tally_ptr + 1, used + tl.sum(is_used.to(tl.int32)))
-        tl.store(tally_ptr + 2, missed + num_missing)
-        tl.store(tally_ptr + 5, useful + tl.sum((is_hit & (before % 2 == 0)).to(tl.int32)))
+        used, missed = tl.load(tally_ptr + USED), tl.load(tally_ptr + MISSED)
+        useful = tl.load(tally_ptr + USEFUL)
+        tl.store(tally_ptr + CLOCK, step)
+        tl.store(tally_ptr + USED, used + tl.sum(is_used.to(tl.int32)))
+        tl.store(tally_ptr + MISSED, missed + num_missing)
+        tl.store(tally_ptr + USEFUL, useful + tl.sum((is_hit & (before % 2 == 0)).to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=["num_lists", "num_kv_rows", "width", "num_rows"])
@@ -161,7 +172,7 @@ def place(hot: HotSet, token_indices: Tensor, counters: Tensor | None = None) ->
     batch_size, num_lists, _, width = token_indices.shape
     num_rows, capacity = hot.tokens.shape[2], hot.row_of.shape[2]
     room = token_indices.new_empty((2, *token_indices.shape), dtype=torch.int32)
-    is_early = can_start_early(token_indices.device)
+    is_early = not is_prefetch and can_start_early(token_indices.device)
     place_specialization(width, num_rows, hot.row_of.dtype, is_prefetch, is_early).launch(
         (batch_size * num_lists, 1, 1),
         token_indices, hot.tokens, hot.stamps, hot.row_of, hot.tally, counters,
@@ -192,12 +203,10 @@ def place_specialization(
         "BLOCK_R": triton.next_power_of_2(num_rows),
         "AGES": _AGES,
         "IS_PREFETCH": is_prefetch,
-        "IS_EARLY": is_early and not is_prefetch,
+        "IS_EARLY": is_early,
     }
     num_warps = min(max(constants["BLOCK_R"] // 128, 4), 32)
-    return Specialization(
-        place_kernel, constants, num_warps=num_warps, is_early=bool(constants["IS_EARLY"])
-    )
+    return Specialization(place_kernel, constants, num_warps=num_warps, is_early=is_early)
 
 
 @cache

@@ -29,8 +29,7 @@ _CGROUPS = (
 class MemoryPool:
     """Host memory that one cache has done with, kept for the next.
 
-    To pin memory takes longer than to fill it: half a second a GiB, where a prompt's copy takes a
-    fiftieth.
+    To pin memory takes several times as long as to copy a prompt to it.
     """
 
     def __init__(self) -> None:
@@ -63,13 +62,15 @@ class MemoryPool:
         Raises:
             HostMemoryError: they cannot.
         """
-        idle = sum(memory.nbytes for memory in self._idle)
+        with self._lock:
+            idle = sum(memory.nbytes for memory in self._idle)
         _check_free(nbytes - idle)
 
     def give_back(self, memory: HostMemory) -> None:
         """Keep it for the next cache, if there may be one."""
-        if self._is_open:
-            self._idle.append(memory)
+        with self._lock:
+            if self._is_open:
+                self._idle.append(memory)
 
     def open(self) -> None:
         """Keep what is given back from now on."""
@@ -77,8 +78,9 @@ class MemoryPool:
 
     def close(self) -> None:
         """Free what is idle, and from now on what is given back."""
-        self._is_open = False
-        self._idle.clear()
+        with self._lock:
+            self._is_open = False
+            self._idle.clear()
 
 
 class HostMemory:

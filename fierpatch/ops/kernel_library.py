@@ -82,6 +82,21 @@ def _append(
     appending.append(key_index, key, value, *split(rows, key.shape[3]), state, counters)
 
 
+def _shape_of(
+    named: tuple[str, int, int, int, int],
+    query: Tensor,
+    state: list[Tensor],
+    budget: int,
+    per_query_head: bool,
+    refine: int,
+) -> Shape:
+    """The shape of a retrieval by an index, `named` as the ops take it."""
+    index = named_index(*named, query.shape[3])
+    return Shape.of(
+        index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
+    )
+
+
 def _retrieve(
     query: Tensor,
     state: list[Tensor],
@@ -103,10 +118,8 @@ def _retrieve(
     keys: Tensor | None,
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
-    key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
-    shape = Shape.of(
-        key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
-    )
+    named = (index, bits, group_size, seed, refine_bits)
+    shape = _shape_of(named, query, state, budget, per_query_head, refine)
     return retrieve.retrieve(
         shape, Scratch(shape, query.device), query, state, counters, Logits(scale, softcap),
         visible, sinks=sinks, recent=recent, sink_logits=sink_logits, keys=keys,
@@ -169,10 +182,8 @@ def _fetch_ahead(
     refine: int,
 ) -> Tensor:
     """Start to fetch what an estimate of the next query selects; what `_join` has to be given."""
-    key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
-    shape = Shape.of(
-        key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
-    )
+    named = (index, bits, group_size, seed, refine_bits)
+    shape = _shape_of(named, query, state, budget, per_query_head, refine)
     return fetch_ahead(
         shape, HotSet(*hot), paired, query, state, counters, Logits(scale),
         sinks=sinks, recent=recent,
@@ -198,10 +209,8 @@ def _fetch_ahead_fake(
     refine: int,
 ) -> Tensor:
     """What `_fetch_ahead` returns, without the numbers."""
-    key_index = named_index(index, bits, group_size, seed, refine_bits, query.shape[3])
-    shape = Shape.of(
-        key_index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
-    )
+    named = (index, bits, group_size, seed, refine_bits)
+    shape = _shape_of(named, query, state, budget, per_query_head, refine)
     return query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
 
 

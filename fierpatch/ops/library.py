@@ -212,11 +212,8 @@ def _attend_hot(
     """As `_attend` for one query, by way of a hot set that it updates."""
     hot_set = HotSet(*hot)
     rows = fetch(hot_set, place(hot_set, token_indices), token_indices, paired)
-    keys, values = hot_set.rows.tensor_split((query.shape[3],), dim=3)
-    output = gather_attention(
-        query, keys, values, rows, scale=scale, softcap=softcap, sink_logits=sink_logits
-    )
-    return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    held = list(hot_set.rows.tensor_split((query.shape[3],), dim=3))
+    return _attend(query, held, rows, sink_logits, scale, softcap)
 
 
 def _fetch_ahead(
