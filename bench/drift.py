@@ -67,9 +67,9 @@ class Drift:
         for noise in self.noise[:4]:
             lists = []
             for each in (query, correlation * query + turn * noise):
-                _, chosen = store.operators.attend(
+                chosen = store.operators.retrieve(
                     each.to(store.keys.dtype), store.store.rows, store.state, store.counters,
-                    None, None, self.scale, 0.0, None,
+                    None, None, self.scale, 0.0,
                 )  # fmt: skip
                 lists.append(chosen.flatten(0, 2).tolist())
             for one, other in zip(*lists, strict=True):

@@ -84,8 +84,11 @@ class LayerCache(LayerBuffers):
         if not self.is_allocated:
             self.allocate(key, value)
         check_fit(key, value, self.keys, self.values)
-        self._join()
         is_prompt = key.shape[2] > self.config.max_query_length
+        if is_prompt:
+            self._join(key)
+        elif self._started is not None:
+            self.operators.await_placed(self.counters, self._started[1], key)
         if is_prompt and self._is_known(key):
             keys, values = self._store_prompt(key, value)
         else:
@@ -139,19 +142,19 @@ class LayerCache(LayerBuffers):
             ``[B, T, Hq, Dv]``, or None where a dense layer is left to the model's own attention.
         """
         rows = self._allocated.rows
-        token_indices = None
+        token_indices, rest = None, (sink_logits, scale, softcap)
         if self.is_dense:
-            output = self.operators.attend_all(
-                query, rows, self.counters, visible, sink_logits, scale, softcap
-            )
+            output = self.operators.attend_all(query, rows, self.counters, visible, *rest)
         else:
             hot = self._hot_for(query) if self.is_offloaded else None
-            output, token_indices = self.operators.attend(
-                query, rows, self.state, self.counters, visible, sink_logits, scale, softcap, hot
+            token_indices = self.operators.retrieve(
+                query, rows, self.state, self.counters, visible, *rest
             )
+            self._join(token_indices)
+            output = self.operators.attend(query, rows, token_indices, self.counters, *rest, hot)
         following = self.next() if self.next is not None else None
         if following is not None:
-            following._start()
+            following._start(output)
         if self.observer is not None and token_indices is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
@@ -169,7 +172,7 @@ class LayerCache(LayerBuffers):
             return
         self._estimate = query
         if not self.has_previous:
-            self._start()
+            self._start(None)
 
     def _is_known(self, like: Tensor) -> bool:
         """Whether the host knows of this prompt, so that it can be treated by its length."""
@@ -216,20 +219,22 @@ class LayerCache(LayerBuffers):
             self._make_hot(query.shape[1])
         return self.hot if query.shape[2] == 1 else None
 
-    def _start(self) -> None:
-        """Start to fetch by the estimate, if there is one."""
-        query, self._estimate = self._estimate, None
+    def _start(self, before: Tensor | None) -> None:
+        """Start to fetch by the estimate, if there is one; before what reads this tensor."""
+        query = self._estimate
+        self._join()
         if query is not None and self.hot is not None:
-            rows = self._allocated.rows
-            room = self.operators.fetch_ahead(query, rows, self.state, self.counters, self.hot)
+            room = self.operators.fetch_ahead(
+                query, self._allocated.rows, self.state, self.counters, self.hot, before
+            )
             self._started = query, room
 
-    def _join(self) -> None:
-        """Wait for what was started, before anything that it reads changes."""
+    def _join(self, after: Tensor | None = None) -> None:
+        """Wait for what was started, before anything of it is used or changed."""
         self._estimate = None
-        if self._started is not None:
+        if self._started is not None and self.hot is not None:
             (query, room), self._started = self._started, None
-            self.operators.join(self.counters, query, room)
+            self.operators.join(self.hot, query, room, query if after is None else after)
 
 
 def _is_recorded(like: Tensor) -> bool:

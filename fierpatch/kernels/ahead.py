@@ -30,8 +30,9 @@ def fetch_ahead(
 
     Args:
         shape: of the retrieval.
+        hot, paired: of the layer, nothing of which may be attended before `join`.
         query: ``[B, Hq, 1, D]``.
-        state, counters: the layer's, which nothing may change before `join`.
+        state, counters: the layer's, which nothing may change before `await_placed`.
 
     Returns:
         Memory that, like the query's, must not be freed before `join`.
@@ -41,29 +42,45 @@ def fetch_ahead(
     room = query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
     scratch = Scratch.within(shape, room)
 
-    def run() -> None:
+    def select() -> tuple[Tensor, Tensor]:
         # A selection wants a token at least; none is placed that is not there.
         lengths = counters.clamp(min=1)
         chosen = retrieve.retrieve(
             shape, scratch, query, state, lengths, logits, sinks=sinks, recent=recent
         )
-        places = residency.place(hot, chosen, counters)
-        residency.fetch(hot, places, chosen, paired)
+        return residency.place(hot, chosen, counters), chosen
 
     if is_interpreted:
-        run()
+        residency.fetch(hot, *select(), paired)
         return room
-    main, side = torch.cuda.current_stream(device), side_stream(device)
-    side.wait_stream(main)
+    side = side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        run()
+        places, chosen = select()
+        _placed(device).record(side)
+        residency.fetch(hot, places, chosen, paired)
     return room
+
+
+def await_placed(like: Tensor) -> None:
+    """Let the current stream of a tensor's device wait until what is fetched ahead has its place.
+
+    The fetch itself may go on: tokens that are stored do not change.
+    """
+    if not is_interpreted:
+        torch.cuda.current_stream(like.device).wait_event(_placed(like.device))
 
 
 def join(like: Tensor) -> None:
     """Let the current stream of a tensor's device wait for what was fetched ahead."""
     if not is_interpreted:
         torch.cuda.current_stream(like.device).wait_stream(side_stream(like.device))
+
+
+@cache
+def _placed(device: torch.device) -> torch.cuda.Event:
+    """Recorded on the side stream of a device; of the last fetch, which those before it precede."""
+    return torch.cuda.Event()
 
 
 @cache

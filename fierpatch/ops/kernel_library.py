@@ -11,7 +11,7 @@ from torch import Tensor
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, residency, retrieve
-from fierpatch.kernels.ahead import fetch_ahead, join
+from fierpatch.kernels.ahead import await_placed, fetch_ahead, join
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
@@ -44,15 +44,18 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    # Of the counters nothing changes, but whoever does change them has to come after.
+    # Of these three ops' arguments some are named as changed to keep the compiler from putting off
+    # a start, or from waiting at once for what runs beside: who reads or changes them comes after.
     "triton_fetch_ahead(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor[] state, "
-    f"Tensor(b!) counters, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
-    "float scale, int refine) -> Tensor",
+    f"Tensor(b!) counters, Tensor(c!)? before, {_INDEX}, int budget, int sinks, int recent, "
+    "bool per_query_head, float scale, int refine) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_join(Tensor(a!) counters, Tensor query, Tensor room) -> ()",
-    tags=_TAGS,
+    "triton_await_placed(Tensor(a!) counters, Tensor room, Tensor after) -> ()", tags=_TAGS
+)
+_LIBRARY.define(
+    "triton_join(Tensor(a!) tally, Tensor query, Tensor room, Tensor after) -> ()", tags=_TAGS
 )
 _LIBRARY.define(
     "triton_attend_all(Tensor query, Tensor[] rows, Tensor counters, "
@@ -169,6 +172,7 @@ def _fetch_ahead(
     hot: list[Tensor],
     state: list[Tensor],
     counters: Tensor,
+    before: Tensor | None,
     index: str,
     bits: int,
     group_size: int,
@@ -196,6 +200,7 @@ def _fetch_ahead_fake(
     hot: list[Tensor],
     state: list[Tensor],
     counters: Tensor,
+    before: Tensor | None,
     index: str,
     bits: int,
     group_size: int,
@@ -214,9 +219,14 @@ def _fetch_ahead_fake(
     return query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
 
 
-def _join(counters: Tensor, query: Tensor, room: Tensor) -> None:
-    """Wait for what `_fetch_ahead` started with that query and that memory."""
-    join(counters)
+def _await_placed(counters: Tensor, room: Tensor, after: Tensor) -> None:
+    """Wait until what `_fetch_ahead` started has read the index and the counters."""
+    await_placed(counters)
+
+
+def _join(tally: Tensor, query: Tensor, room: Tensor, after: Tensor) -> None:
+    """Wait for all that `_fetch_ahead` started with that query and that memory."""
+    join(tally)
 
 
 def _attend_all(
@@ -241,6 +251,7 @@ _LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_hot", _attend_hot, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_fetch_ahead", _fetch_ahead, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_await_placed", _await_placed, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_join", _join, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
@@ -248,5 +259,6 @@ torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=
 torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_fetch_ahead", _fetch_ahead_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_await_placed", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_join", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend_hot", attend_hot_fake, lib=_LIBRARY)

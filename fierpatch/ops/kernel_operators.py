@@ -142,7 +142,7 @@ class KernelOperators:
         """See `Operators`."""
         appending.index_range(self.index, keys, state, start, stop)
 
-    def attend(
+    def retrieve(
         self,
         query: Tensor,
         rows: list[Tensor],
@@ -152,39 +152,52 @@ class KernelOperators:
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
-        hot: HotSet | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """See `Operators`."""
         config = self.config
         candidate_keys = rows[0] if config.refines_by_keys else None
         if torch.compiler.is_compiling():
-            token_indices = torch.ops.fierpatch.triton_retrieve.default(
+            token_indices: Tensor = torch.ops.fierpatch.triton_retrieve.default(
                 query, state, counters, visible, sink_logits,
                 *index_arguments(self.config), config.budget, config.sinks, config.recent,
                 config.per_query_head, scale, softcap, config.refine, candidate_keys,
             )  # fmt: skip
+            return token_indices
+        shape = self._shape_of(query, state[0])
+        return retrieve.retrieve(
+            shape, self.workspace.scratch_of(shape, query.device), query, state, counters,
+            Logits(scale, softcap), visible, sinks=config.sinks, recent=config.recent,
+            sink_logits=sink_logits, keys=candidate_keys,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        token_indices: Tensor,
+        counters: Tensor,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+        hot: HotSet | None = None,
+    ) -> Tensor:
+        """See `Operators`."""
+        if torch.compiler.is_compiling():
             rest = (token_indices, counters, self.arrivals, sink_logits, scale, softcap)
+            output: Tensor
             if hot is None:
                 output = torch.ops.fierpatch.triton_attend.default(query, rows, *rest)
             else:
                 output = torch.ops.fierpatch.triton_attend_hot.default(
                     query, rows[0], hot.tensors, *rest
                 )
-            return output, token_indices
-        shape = self._shape_of(query, state[0])
-        scratch = self.workspace.scratch_of(shape, query.device)
-        token_indices = retrieve.retrieve(
-            shape, scratch, query, state, counters, Logits(scale, softcap), visible,
-            sinks=config.sinks, recent=config.recent, sink_logits=sink_logits,
-            keys=candidate_keys,
-        )  # fmt: skip
+            return output
         placed = None if hot is None else (hot.rows, residency.place(hot, token_indices))
-        output = attention.gather_attention(
+        return attention.gather_attention(
             query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
             allocate=self._allocate, hot=placed,
         )  # fmt: skip
-        return output, token_indices
 
     def fetch_ahead(
         self,
@@ -193,16 +206,21 @@ class KernelOperators:
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
+        before: Tensor | None,
     ) -> Tensor:
         """See `Operators`. On a stream of its own."""
         settings = ahead_arguments(self.config, query)
         op = torch.ops.fierpatch.triton_fetch_ahead.default
-        room: Tensor = op(query, rows[0], hot.tensors, state, counters, *settings)
+        room: Tensor = op(query, rows[0], hot.tensors, state, counters, before, *settings)
         return room
 
-    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
+    def await_placed(self, counters: Tensor, room: Tensor, after: Tensor) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_join.default(counters, query, room)
+        torch.ops.fierpatch.triton_await_placed.default(counters, room, after)
+
+    def join(self, hot: HotSet, query: Tensor, room: Tensor, after: Tensor) -> None:
+        """See `Operators`."""
+        torch.ops.fierpatch.triton_join.default(hot.tally, query, room, after)
 
     def attend_all(
         self,

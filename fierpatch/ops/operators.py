@@ -69,7 +69,7 @@ class Operators(Protocol):
     def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
         """Index tokens ``start .. stop`` again."""
 
-    def attend(
+    def retrieve(
         self,
         query: Tensor,
         rows: list[Tensor],
@@ -79,9 +79,21 @@ class Operators(Protocol):
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
+    ) -> Tensor:
+        """The tokens to attend: int64 ``[B, H or Hq, T, min(budget, C)]``, padded with -1."""
+
+    def attend(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        token_indices: Tensor,
+        counters: Tensor,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
         hot: HotSet | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Retrieval attention: ``[B, T, Hq, Dv]`` and the token indices.
+    ) -> Tensor:
+        """Attention over what `retrieve` chose: ``[B, T, Hq, Dv]``.
 
         Args:
             hot: of an offloaded layer, for one query; what is missing there is fetched.
@@ -94,15 +106,26 @@ class Operators(Protocol):
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
+        before: Tensor | None,
     ) -> Tensor:
         """Start to fetch what an estimate of the next query, ``[B, Hq, 1, D]``, selects.
 
+        Args:
+            before: something whose readers the compiler has to leave behind the start.
+
         Returns:
-            What `join` has to be given, before anything of the layer changes.
+            What `await_placed` and `join` have to be given, before anything of the layer changes.
         """
 
-    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
-        """Wait for what `fetch_ahead` started with that query."""
+    def await_placed(self, counters: Tensor, room: Tensor, after: Tensor) -> None:
+        """Wait until what `fetch_ahead` started has read index and counters, which may change then.
+
+        Args:
+            after: something that is to be computed before the wait.
+        """
+
+    def join(self, hot: HotSet, query: Tensor, room: Tensor, after: Tensor) -> None:
+        """Wait for all that `fetch_ahead` started with that query; see `await_placed`."""
 
     def attend_all(
         self,
@@ -164,7 +187,7 @@ class ReferenceOperators:
         """See `Operators`."""
         layer_index(self.config, keys.shape[3]).append(state, keys, start, stop)
 
-    def attend(
+    def retrieve(
         self,
         query: Tensor,
         rows: list[Tensor],
@@ -174,24 +197,35 @@ class ReferenceOperators:
         sink_logits: Tensor | None,
         scale: float,
         softcap: float,
-        hot: HotSet | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """See `Operators`."""
         config = self.config
-        token_indices = torch.ops.fierpatch.retrieve.default(
+        token_indices: Tensor = torch.ops.fierpatch.retrieve.default(
             query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
             config.sinks, config.recent, config.per_query_head, scale, softcap,
             config.refine, rows[0] if config.refines_by_keys else None,
         )  # fmt: skip
+        return token_indices
+
+    def attend(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        token_indices: Tensor,
+        counters: Tensor,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+        hot: HotSet | None = None,
+    ) -> Tensor:
+        """See `Operators`."""
+        rest = (token_indices, sink_logits, scale, softcap)
+        output: Tensor
         if hot is None:
-            output = torch.ops.fierpatch.attend.default(
-                query, rows, token_indices, sink_logits, scale, softcap
-            )
+            output = torch.ops.fierpatch.attend.default(query, rows, *rest)
         else:
-            output = torch.ops.fierpatch.attend_hot.default(
-                query, rows[0], hot.tensors, token_indices, sink_logits, scale, softcap
-            )
-        return output, token_indices
+            output = torch.ops.fierpatch.attend_hot.default(query, rows[0], hot.tensors, *rest)
+        return output
 
     def fetch_ahead(
         self,
@@ -200,6 +234,7 @@ class ReferenceOperators:
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
+        before: Tensor | None,
     ) -> Tensor:
         """See `Operators`. Does it at once."""
         torch.ops.fierpatch.fetch_ahead.default(
@@ -207,7 +242,10 @@ class ReferenceOperators:
         )
         return query
 
-    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
+    def await_placed(self, counters: Tensor, room: Tensor, after: Tensor) -> None:
+        """See `Operators`."""
+
+    def join(self, hot: HotSet, query: Tensor, room: Tensor, after: Tensor) -> None:
         """See `Operators`."""
 
     def attend_all(
