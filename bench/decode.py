@@ -233,7 +233,7 @@ def stages(layer: LayerCache, query: Tensor) -> dict[str, Callable[[], object]]:
     index, per_query_head = layer.operators.index, config.per_query_head
     shape = Shape.of(
         index,
-        query,
+        query.shape,
         state[0],
         budget=config.budget,
         per_query_head=per_query_head,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fierpatch.cache import LayerCache
+from fierpatch.query_estimate import QueryEstimate
 
 NUM_NOISES = 64  # different turns, one after the other
 CALIBRATIONS = 10  # halvings of an interval of correlations
@@ -89,15 +90,22 @@ class _Estimated:
     def __init__(self, drift: Drift, store: LayerCache, query: Tensor) -> None:
         self.drift, self.store, self.query = drift, store, query
 
-    def __call__(self, query: Tensor) -> None:
+    def __call__(self, estimate: QueryEstimate) -> None:
         drift, number = self.drift, self.store.counters[:1] + 1
         noise, error = (
             drift.noise.index_select(0, (number + place) % NUM_NOISES)[0]
             for place in (0, NUM_NOISES // 2)
         )
         coming = drift.factors[0] * self.query + drift.factors[1] * noise
-        estimate = drift.estimate[0] * coming + drift.estimate[1] * error
-        LayerCache.prefetch(self.store, estimate.to(query.dtype) + 1e-6 * query)
+        guess = (drift.estimate[0] * coming + drift.estimate[1] * error).to(estimate.source.dtype)
+        source = 1e-6 * estimate.source
+        if estimate.rotation is None:
+            made = QueryEstimate(guess + source)
+        else:
+            identity = torch.eye(guess.shape[3], dtype=guess.dtype, device=guess.device)
+            rotation = identity + 1e-6 * estimate.rotation
+            made = QueryEstimate(source, estimate.weight, guess.flatten(), rotation)
+        LayerCache.prefetch(self.store, made)
 
 
 class _Turned:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fierpatch"
 FLOORS = (  # low to high; a module imports from floors strictly below its own
     {"errors"},
     {"config"},
-    {"hot_set", "index", "rows", "select"},
+    {"hot_set", "index", "query_estimate", "rows", "select"},
     {"reference", "kernels"},
     {"ops"},
     {"flex", "offload"},

@@ -13,6 +13,7 @@ from fierpatch.cache.facts import Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.hot_set import HotSet
+from fierpatch.query_estimate import QueryEstimate
 
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
 
@@ -57,8 +58,8 @@ class LayerCache(LayerBuffers):
         self.observer: Observer | None = None
         self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
         self.has_previous = False  # whether it has one before it that is ours
-        self._estimate: Tensor | None = None  # of the next query, to be fetched for
-        self._started: tuple[Tensor, Tensor] | None = None  # by that query
+        self._estimate: QueryEstimate | None = None  # of the next one, to be fetched for
+        self._started: list[Tensor] | None = None  # what a fetch that was started needs
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
 
@@ -88,7 +89,7 @@ class LayerCache(LayerBuffers):
         if is_prompt:
             self._join(key)
         elif self._started is not None:
-            self.operators.await_placed(self.counters, self._started[1], key)
+            self.operators.await_placed(self.counters, self._started, key)
         if is_prompt and self._is_known(key):
             keys, values = self._store_prompt(key, value)
         else:
@@ -144,6 +145,7 @@ class LayerCache(LayerBuffers):
         rows = self._allocated.rows
         token_indices, rest = None, (sink_logits, scale, softcap)
         if self.is_dense:
+            self._start_next(query)
             output = self.operators.attend_all(query, rows, self.counters, visible, *rest)
         else:
             hot = self._hot_for(query) if self.is_offloaded else None
@@ -151,26 +153,24 @@ class LayerCache(LayerBuffers):
                 query, rows, self.state, self.counters, visible, *rest
             )
             self._join(token_indices)
+            self._start_next(token_indices)
             output = self.operators.attend(query, rows, token_indices, self.counters, *rest, hot)
-        following = self.next() if self.next is not None else None
-        if following is not None:
-            following._start(output)
         if self.observer is not None and token_indices is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
 
-    def prefetch(self, query: Tensor) -> None:
+    def prefetch(self, estimate: QueryEstimate) -> None:
         """Fetch what the next step will probably select; no result depends on it.
 
-        It starts when the layer before this one has attended, whose own rows come first, or at once
-        if that is none of ours.
+        It starts when the layer before this one has selected, while that waits for its own rows, or
+        at once if it is none of ours.
 
         Args:
-            query: ``[B, Hq, 1, D]``, an estimate of the next step's, after RoPE.
+            estimate: of the next step's query.
         """
         if self.hot is None:
             return
-        self._estimate = query
+        self._estimate = estimate
         if not self.has_previous:
             self._start(None)
 
@@ -219,22 +219,27 @@ class LayerCache(LayerBuffers):
             self._make_hot(query.shape[1])
         return self.hot if query.shape[2] == 1 else None
 
+    def _start_next(self, before: Tensor) -> None:
+        """Have the next layer start, before what reads this tensor."""
+        following = self.next() if self.next is not None else None
+        if following is not None:
+            following._start(before)
+
     def _start(self, before: Tensor | None) -> None:
-        """Start to fetch by the estimate, if there is one; before what reads this tensor."""
-        query = self._estimate
+        """Start to fetch by the estimate, if there is one."""
+        estimate = self._estimate
         self._join()
-        if query is not None and self.hot is not None:
-            room = self.operators.fetch_ahead(
-                query, self._allocated.rows, self.state, self.counters, self.hot, before
+        if estimate is not None and self.hot is not None:
+            self._started = self.operators.fetch_ahead(
+                estimate, self._allocated.rows, self.state, self.counters, self.hot, before
             )
-            self._started = query, room
 
     def _join(self, after: Tensor | None = None) -> None:
         """Wait for what was started, before anything of it is used or changed."""
         self._estimate = None
         if self._started is not None and self.hot is not None:
-            (query, room), self._started = self._started, None
-            self.operators.join(self.hot, query, room, query if after is None else after)
+            kept, self._started = self._started, None
+            self.operators.join(self.hot, kept, self.counters if after is None else after)
 
 
 def _is_recorded(like: Tensor) -> bool:

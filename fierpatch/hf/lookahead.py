@@ -16,6 +16,7 @@ from fierpatch.config import FierConfig
 from fierpatch.errors import FierError, UnsupportedModelError
 from fierpatch.hf.cache import FierCache, FierLayer
 from fierpatch.hf.support import LayerLayout, layer_layout
+from fierpatch.query_estimate import QueryEstimate
 
 # Their full-attention layers have no RoPE, and say so by no attribute alike.
 _WITHOUT_ROPE = ("afmoe", "cohere2", "cohere2_moe", "exaone_moe")
@@ -60,11 +61,18 @@ class NextQuery:
                 device = store.state[0].device  # a model may be spread over several
                 store.prefetch(self._estimate(hidden_states.to(device), options))
 
-    def _estimate(self, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
-        """``[B, Hq, 1, D]``, as if the layer before changed nothing."""
-        name, head_dim, norm_size, rotate, rotary_type = self.form
+    def _estimate(self, hidden_states: Tensor, options: dict[str, Any]) -> QueryEstimate:
+        """As if the layer before changed nothing."""
+        name, head_dim, norm_size, rotate, _ = self.form
         attention: Any = getattr(self.layer, name)
         hidden_states = self.layer.input_layernorm(hidden_states)
+        if rotate is not None and not norm_size and _is_linear(attention.q_proj):
+            # All that follows is linear, so it can wait for a stream beside the model's own.
+            heads = torch.eye(head_dim, dtype=hidden_states.dtype, device=hidden_states.device)
+            heads = heads[None, :, None].expand(len(hidden_states), -1, -1, -1)
+            rotation = self._rotated(heads, hidden_states, options)[:, :, 0].to(heads.dtype)
+            projection = attention.q_proj
+            return QueryEstimate(hidden_states, projection.weight, projection.bias, rotation)
         query: Tensor = attention.q_proj(hidden_states)
         if norm_size > head_dim:
             query = attention.q_norm(query)
@@ -72,8 +80,14 @@ class NextQuery:
         if norm_size == head_dim:
             query = attention.q_norm(query)
         query = query.transpose(1, 2)
-        if rotate is None:
-            return query
+        if rotate is not None:
+            query = self._rotated(query, hidden_states, options)
+        return QueryEstimate(query)
+
+    def _rotated(self, query: Tensor, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
+        """``[B, Hq, 1, D]`` after RoPE."""
+        rotate, rotary_type = self.form.rotate, self.form.rotary_type
+        assert rotate is not None
         if rotary_type is None:
             cosines, sines = options["position_embeddings"]
         else:
@@ -151,6 +165,12 @@ def plan(model: PreTrainedModel, settings: FierConfig) -> list[tuple[nn.Module, 
             ) from error
         hooks.append((layers[number - 1], NextQuery(number, form, layers[number], rotary)))
     return hooks
+
+
+def _is_linear(projection: nn.Module) -> bool:
+    """Whether it is a plain one, that nothing is hooked to."""
+    hooks = projection._forward_hooks, projection._forward_pre_hooks
+    return type(projection) is nn.Linear and not any(hooks)
 
 
 def _form(layer: nn.Module, number: int, layout: LayerLayout, rotary: Any, config: Any) -> _Form:

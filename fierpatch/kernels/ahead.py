@@ -12,13 +12,14 @@ from fierpatch.kernels import residency, retrieve
 from fierpatch.kernels.launch import is_interpreted
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
+from fierpatch.query_estimate import QueryEstimate
 
 
 def fetch_ahead(
     shape: Shape,
     hot: HotSet,
     paired: Tensor,
-    query: Tensor,
+    estimate: QueryEstimate,
     state: list[Tensor],
     counters: Tensor,
     logits: Logits,
@@ -30,23 +31,23 @@ def fetch_ahead(
 
     Args:
         shape: of the retrieval.
-        hot, paired: of the layer, nothing of which may be attended before `join`.
-        query: ``[B, Hq, 1, D]``.
+        hot, paired: the layer's, whose tokens may not be attended before `join`.
+        estimate: of the query, which is computed beside all else too.
         state, counters: the layer's, which nothing may change before `await_placed`.
 
     Returns:
-        Memory that, like the query's, must not be freed before `join`.
+        Memory that, like the estimate's, must not be freed before `await_placed`.
     """
-    device = query.device
+    device = estimate.source.device
     # Of the stream that goes on, whose allocator would give it away again without a wait.
-    room = query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
+    room = estimate.source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
     scratch = Scratch.within(shape, room)
 
     def select() -> tuple[Tensor, Tensor]:
         # A selection wants a token at least; none is placed that is not there.
         lengths = counters.clamp(min=1)
         chosen = retrieve.retrieve(
-            shape, scratch, query, state, lengths, logits, sinks=sinks, recent=recent
+            shape, scratch, estimate.query(), state, lengths, logits, sinks=sinks, recent=recent
         )
         return residency.place(hot, chosen, counters), chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,15 +53,15 @@ class Shape:
     def of(
         cls,
         index: KeyIndex,
-        query: Tensor,
+        query_size: Sequence[int],
         planes: Tensor,
         *,
         budget: int,
         per_query_head: bool,
         refine: int = 0,
     ) -> Shape:
-        """The shape of a retrieval for ``query [B, Hq, T, D]`` over an index with such planes."""
-        batch_size, num_heads, num_queries, _ = query.shape
+        """The shape of a retrieval for queries ``[B, Hq, T, D]`` over an index with such planes."""
+        batch_size, num_heads, num_queries, _ = query_size
         num_kv_heads, tiles = planes.shape[1:3]
         return cls(
             index=index,

@@ -5,6 +5,8 @@ Eager models call the kernels as they are, see `fierpatch.ops.kernel_operators`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from fierpatch.kernels.ahead import await_placed, fetch_ahead, join
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
+from fierpatch.query_estimate import QueryEstimate
 from fierpatch.rows import split
 
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
@@ -46,17 +49,16 @@ _LIBRARY.define(
 _LIBRARY.define(
     # Of these three ops' arguments some are named as changed to keep the compiler from putting off
     # a start, or from waiting at once for what runs beside: who reads or changes them comes after.
-    "triton_fetch_ahead(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor[] state, "
-    f"Tensor(b!) counters, Tensor(c!)? before, {_INDEX}, int budget, int sinks, int recent, "
-    "bool per_query_head, float scale, int refine) -> Tensor",
+    "triton_fetch_ahead(Tensor source, Tensor? weight, Tensor? bias, Tensor? rotation, "
+    "Tensor paired, Tensor(a!)[] hot, Tensor[] state, Tensor(b!) counters, Tensor(c!)? before, "
+    f"{_INDEX}, int budget, int sinks, int recent, bool per_query_head, float scale, int refine) "
+    "-> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_await_placed(Tensor(a!) counters, Tensor room, Tensor after) -> ()", tags=_TAGS
+    "triton_await_placed(Tensor(a!) counters, Tensor[] kept, Tensor after) -> ()", tags=_TAGS
 )
-_LIBRARY.define(
-    "triton_join(Tensor(a!) tally, Tensor query, Tensor room, Tensor after) -> ()", tags=_TAGS
-)
+_LIBRARY.define("triton_join(Tensor(a!) tally, Tensor[] kept, Tensor(b!) after) -> ()", tags=_TAGS)
 _LIBRARY.define(
     "triton_attend_all(Tensor query, Tensor[] rows, Tensor counters, "
     "Tensor(a!) arrivals, Tensor? visible, Tensor? sink_logits, float scale, float softcap) "
@@ -87,16 +89,16 @@ def _append(
 
 def _shape_of(
     named: tuple[str, int, int, int, int],
-    query: Tensor,
+    query_size: Sequence[int],
     state: list[Tensor],
     budget: int,
     per_query_head: bool,
     refine: int,
 ) -> Shape:
     """The shape of a retrieval by an index, `named` as the ops take it."""
-    index = named_index(*named, query.shape[3])
+    index = named_index(*named, query_size[3])
     return Shape.of(
-        index, query, state[0], budget=budget, per_query_head=per_query_head, refine=refine
+        index, query_size, state[0], budget=budget, per_query_head=per_query_head, refine=refine
     )
 
 
@@ -122,7 +124,7 @@ def _retrieve(
 ) -> Tensor:
     """Token indices ``[B, H or Hq, T, min(budget, capacity)]``, padded with -1."""
     named = (index, bits, group_size, seed, refine_bits)
-    shape = _shape_of(named, query, state, budget, per_query_head, refine)
+    shape = _shape_of(named, query.shape, state, budget, per_query_head, refine)
     return retrieve.retrieve(
         shape, Scratch(shape, query.device), query, state, counters, Logits(scale, softcap),
         visible, sinks=sinks, recent=recent, sink_logits=sink_logits, keys=keys,
@@ -167,7 +169,10 @@ def _attend_hot(
 
 
 def _fetch_ahead(
-    query: Tensor,
+    source: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotation: Tensor | None,
     paired: Tensor,
     hot: list[Tensor],
     state: list[Tensor],
@@ -185,17 +190,21 @@ def _fetch_ahead(
     scale: float,
     refine: int,
 ) -> Tensor:
-    """Start to fetch what an estimate of the next query selects; what `_join` has to be given."""
+    """Start to fetch what an estimate of the next query selects; what is to be kept until then."""
     named = (index, bits, group_size, seed, refine_bits)
-    shape = _shape_of(named, query, state, budget, per_query_head, refine)
+    estimate = QueryEstimate(source, weight, bias, rotation)
+    shape = _shape_of(named, estimate.size, state, budget, per_query_head, refine)
     return fetch_ahead(
-        shape, HotSet(*hot), paired, query, state, counters, Logits(scale),
+        shape, HotSet(*hot), paired, estimate, state, counters, Logits(scale),
         sinks=sinks, recent=recent,
     )  # fmt: skip
 
 
 def _fetch_ahead_fake(
-    query: Tensor,
+    source: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotation: Tensor | None,
     paired: Tensor,
     hot: list[Tensor],
     state: list[Tensor],
@@ -215,17 +224,18 @@ def _fetch_ahead_fake(
 ) -> Tensor:
     """What `_fetch_ahead` returns, without the numbers."""
     named = (index, bits, group_size, seed, refine_bits)
-    shape = _shape_of(named, query, state, budget, per_query_head, refine)
-    return query.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
+    size = QueryEstimate(source, weight, bias, rotation).size
+    shape = _shape_of(named, size, state, budget, per_query_head, refine)
+    return source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
 
 
-def _await_placed(counters: Tensor, room: Tensor, after: Tensor) -> None:
+def _await_placed(counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
     """Wait until what `_fetch_ahead` started has read the index and the counters."""
     await_placed(counters)
 
 
-def _join(tally: Tensor, query: Tensor, room: Tensor, after: Tensor) -> None:
-    """Wait for all that `_fetch_ahead` started with that query and that memory."""
+def _join(tally: Tensor, kept: list[Tensor], after: Tensor) -> None:
+    """Wait for all that `_fetch_ahead` started."""
     join(tally)
 
 

@@ -19,6 +19,7 @@ from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import calibrate_prompt
 from fierpatch.ops.operators import ahead_arguments, index_arguments, layer_index
+from fierpatch.query_estimate import QueryEstimate
 from fierpatch.rows import split
 
 _MOST_GROUPS = 128  # query heads a KV head, for lists of their own
@@ -201,26 +202,26 @@ class KernelOperators:
 
     def fetch_ahead(
         self,
-        query: Tensor,
+        estimate: QueryEstimate,
         rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
         before: Tensor | None,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """See `Operators`. On a stream of its own."""
-        settings = ahead_arguments(self.config, query)
-        op = torch.ops.fierpatch.triton_fetch_ahead.default
-        room: Tensor = op(query, rows[0], hot.tensors, state, counters, before, *settings)
-        return room
+        settings = ahead_arguments(self.config, estimate)
+        rest = (rows[0], hot.tensors, state, counters, before, *settings)
+        room = torch.ops.fierpatch.triton_fetch_ahead.default(*estimate.arguments, *rest)
+        return [room, *estimate.tensors]
 
-    def await_placed(self, counters: Tensor, room: Tensor, after: Tensor) -> None:
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_await_placed.default(counters, room, after)
+        torch.ops.fierpatch.triton_await_placed.default(counters, kept, after)
 
-    def join(self, hot: HotSet, query: Tensor, room: Tensor, after: Tensor) -> None:
+    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_join.default(hot.tally, query, room, after)
+        torch.ops.fierpatch.triton_join.default(hot.tally, kept, after)
 
     def attend_all(
         self,
@@ -261,7 +262,7 @@ class KernelOperators:
             config = self.config
             shape = self._shape = Shape.of(
                 self.index,
-                query,
+                query.shape,
                 planes,
                 budget=config.budget,
                 per_query_head=config.per_query_head,

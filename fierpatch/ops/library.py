@@ -17,6 +17,7 @@ from fierpatch.errors import CapacityError
 from fierpatch.hot_set import HotSet, fetch, place
 from fierpatch.index import KeyIndex, make_index
 from fierpatch.index.packing import TILE_SIZE
+from fierpatch.query_estimate import QueryEstimate
 from fierpatch.reference import fold_groups, gather_attention
 from fierpatch.rows import split
 
@@ -50,9 +51,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     # Of the counters nothing changes, but whoever does change them has to come after.
-    "fetch_ahead(Tensor query, Tensor paired, Tensor(a!)[] hot, Tensor[] state, "
-    f"Tensor(b!) counters, {_INDEX}, int budget, int sinks, int recent, bool per_query_head, "
-    "float scale, int refine) -> ()",
+    "fetch_ahead(Tensor source, Tensor? weight, Tensor? bias, Tensor? rotation, Tensor paired, "
+    f"Tensor(a!)[] hot, Tensor[] state, Tensor(b!) counters, {_INDEX}, int budget, int sinks, "
+    "int recent, bool per_query_head, float scale, int refine) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -217,7 +218,10 @@ def _attend_hot(
 
 
 def _fetch_ahead(
-    query: Tensor,
+    source: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotation: Tensor | None,
     paired: Tensor,
     hot: list[Tensor],
     state: list[Tensor],
@@ -238,6 +242,7 @@ def _fetch_ahead(
     length = int(counters[0])
     if length == 0:
         return
+    query = QueryEstimate(source, weight, bias, rotation).query()
     token_indices = reference.select_from_index(
         named_index(index, bits, group_size, seed, refine_bits, query.shape[3]),
         state,

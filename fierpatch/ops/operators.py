@@ -14,6 +14,7 @@ from fierpatch.errors import BackendError, MissingDependencyError
 from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex
 from fierpatch.ops.library import named_index  # and registers torch.ops.fierpatch
+from fierpatch.query_estimate import QueryEstimate
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
@@ -101,14 +102,14 @@ class Operators(Protocol):
 
     def fetch_ahead(
         self,
-        query: Tensor,
+        estimate: QueryEstimate,
         rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
         before: Tensor | None,
-    ) -> Tensor:
-        """Start to fetch what an estimate of the next query, ``[B, Hq, 1, D]``, selects.
+    ) -> list[Tensor]:
+        """Start to fetch what an estimate of the next query selects.
 
         Args:
             before: something whose readers the compiler has to leave behind the start.
@@ -117,15 +118,20 @@ class Operators(Protocol):
             What `await_placed` and `join` have to be given, before anything of the layer changes.
         """
 
-    def await_placed(self, counters: Tensor, room: Tensor, after: Tensor) -> None:
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """Wait until what `fetch_ahead` started has read index and counters, which may change then.
 
         Args:
+            kept: what it returned.
             after: something that is to be computed before the wait.
         """
 
-    def join(self, hot: HotSet, query: Tensor, room: Tensor, after: Tensor) -> None:
-        """Wait for all that `fetch_ahead` started with that query; see `await_placed`."""
+    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+        """Wait for all that `fetch_ahead` started; arguments as in `await_placed`.
+
+        Args:
+            after: whose readers come after the wait, too.
+        """
 
     def attend_all(
         self,
@@ -229,23 +235,22 @@ class ReferenceOperators:
 
     def fetch_ahead(
         self,
-        query: Tensor,
+        estimate: QueryEstimate,
         rows: list[Tensor],
         state: list[Tensor],
         counters: Tensor,
         hot: HotSet,
         before: Tensor | None,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """See `Operators`. Does it at once."""
-        torch.ops.fierpatch.fetch_ahead.default(
-            query, rows[0], hot.tensors, state, counters, *ahead_arguments(self.config, query)
-        )
-        return query
+        rest = (rows[0], hot.tensors, state, counters, *ahead_arguments(self.config, estimate))
+        torch.ops.fierpatch.fetch_ahead.default(*estimate.arguments, *rest)
+        return []
 
-    def await_placed(self, counters: Tensor, room: Tensor, after: Tensor) -> None:
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
 
-    def join(self, hot: HotSet, query: Tensor, room: Tensor, after: Tensor) -> None:
+    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
 
     def attend_all(
@@ -267,14 +272,14 @@ def index_arguments(config: FierConfig) -> tuple[str, int, int, int, int]:
     return config.index, config.bits, config.index_group_size, config.seed, config.code_bits
 
 
-def ahead_arguments(config: FierConfig, query: Tensor) -> tuple[Any, ...]:
+def ahead_arguments(config: FierConfig, estimate: QueryEstimate) -> tuple[Any, ...]:
     """The settings of `fetch_ahead`, as the library ops take them.
 
     The usual scale of the logits, without a cap: an estimate needs no more.
     """
     return (
         *index_arguments(config), config.budget, config.sinks, config.recent,
-        config.per_query_head, query.shape[3] ** -0.5, config.refine,
+        config.per_query_head, estimate.size[3] ** -0.5, config.refine,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import fierpatch
 from fierpatch import FierConfig
 from fierpatch.cache import LayerCache
 from fierpatch.errors import FierError, ModelError, UnsupportedModelError
+from fierpatch.query_estimate import QueryEstimate
 from hf.any_model import any_model
 from hf.fingerprint import fingerprint, registered
 from hf.models import FAMILIES, left_padded, prompt, tiny_model
@@ -41,9 +42,12 @@ Estimates = list[tuple[LayerCache, Tensor]]
 def estimates(monkeypatch: pytest.MonkeyPatch) -> Estimates:
     """What layers were asked to fetch by, in order."""
     recorded: Estimates = []
-    monkeypatch.setattr(
-        LayerCache, "prefetch", lambda self, query: recorded.append((self, query.clone()))
-    )
+
+    def record(layer: LayerCache, estimate: QueryEstimate) -> None:
+        assert estimate.query().shape == estimate.size
+        recorded.append((layer, estimate.query().clone()))
+
+    monkeypatch.setattr(LayerCache, "prefetch", record)
     return recorded
 
 
@@ -252,8 +256,8 @@ def test_a_step_with_its_estimates_is_one_graph(
 ) -> None:
     """As many as without; see the tests of compiling."""
 
-    def keep(self: LayerCache, query: Tensor) -> None:
-        self.facts.__dict__["estimate"].copy_(query)
+    def keep(self: LayerCache, estimate: QueryEstimate) -> None:
+        self.facts.__dict__["estimate"].copy_(estimate.query())
 
     monkeypatch.setattr(LayerCache, "prefetch", keep)
     model = tiny_model(family)
