@@ -34,12 +34,16 @@ class Drift:
         self.noise = torch.randn(NUM_NOISES, *shape, device=keys.device)
         self.queries = [torch.randn(shape, device=keys.device) for _ in stores]
         self.estimate = torch.tensor([1.0, 0.0], device=keys.device)
-        for tensor in (self.factors, self.estimate, self.noise, *self.queries):
+        # Of the layers' next queries, without RoPE, whose matrix would be made once a step.
+        self.guesses = [query.flatten().to(keys.dtype, copy=True) for query in self.queries]
+        self.unturned = torch.eye(shape[3], dtype=keys.dtype, device=keys.device)[None]
+        tensors = self.factors, self.estimate, self.noise, self.unturned
+        for tensor in (*tensors, *self.queries, *self.guesses):
             torch._dynamo.mark_static_address(tensor)
         self.stores = stores
-        for store, query in zip(stores, self.queries, strict=True):
-            store.attend = _Turned(self, store, query)  # type: ignore[method-assign]
-            store.prefetch = _Estimated(self, store, query)  # type: ignore[method-assign]
+        for store, query, guess in zip(stores, self.queries, self.guesses, strict=True):
+            store.attend = _Turned(self, store, query, guess)  # type: ignore[method-assign]
+            store.prefetch = _Estimated(self, store, guess)  # type: ignore[method-assign]
 
     def turn_for(self, overlap: float) -> float:
         """Turn from now on so that this share of a selection is in the next; returns the share."""
@@ -87,36 +91,35 @@ def _other(correlation: float) -> float:
 class _Estimated:
     """`LayerCache.prefetch` with an estimate of the drifting query's next value."""
 
-    def __init__(self, drift: Drift, store: LayerCache, query: Tensor) -> None:
-        self.drift, self.store, self.query = drift, store, query
+    def __init__(self, drift: Drift, store: LayerCache, guess: Tensor) -> None:
+        self.drift, self.store, self.guess = drift, store, guess
 
     def __call__(self, estimate: QueryEstimate) -> None:
-        drift, number = self.drift, self.store.counters[:1] + 1
-        noise, error = (
-            drift.noise.index_select(0, (number + place) % NUM_NOISES)[0]
-            for place in (0, NUM_NOISES // 2)
-        )
-        coming = drift.factors[0] * self.query + drift.factors[1] * noise
-        guess = (drift.estimate[0] * coming + drift.estimate[1] * error).to(estimate.source.dtype)
         source = 1e-6 * estimate.source
-        if estimate.rotation is None:
-            made = QueryEstimate(guess + source)
+        if estimate.weight is None:
+            made = QueryEstimate(self.guess.view(estimate.size) + source)
         else:
-            identity = torch.eye(guess.shape[3], dtype=guess.dtype, device=guess.device)
-            rotation = identity + 1e-6 * estimate.rotation
-            made = QueryEstimate(source, estimate.weight, guess.flatten(), rotation)
+            made = QueryEstimate(source, estimate.weight, self.guess, self.drift.unturned)
         LayerCache.prefetch(self.store, made)
 
 
 class _Turned:
-    """`LayerCache.attend` with the drifting query."""
+    """`LayerCache.attend` with the drifting query; guesses the next one, if that is wanted."""
 
-    def __init__(self, drift: Drift, store: LayerCache, query: Tensor) -> None:
-        self.drift, self.store, self.query = drift, store, query
+    def __init__(self, drift: Drift, store: LayerCache, query: Tensor, guess: Tensor) -> None:
+        self.drift, self.store, self.query, self.guess = drift, store, query, guess
 
     def __call__(self, query: Tensor, **options: Any) -> Tensor | None:
-        factors, noise = self.drift.factors, self.drift.noise
-        number = self.store.counters[:1] % NUM_NOISES
-        turned = factors[0] * self.query + factors[1] * noise.index_select(0, number)[0]
+        drift = self.drift
+        turned = drift.factors[0] * self.query + drift.factors[1] * self._noise(0)
+        if self.store.config.prefetch:
+            coming = drift.factors[0] * turned + drift.factors[1] * self._noise(1)
+            guess = drift.estimate[0] * coming + drift.estimate[1] * self._noise(NUM_NOISES // 2)
+            self.guess.copy_(guess.flatten())
         self.query.copy_(turned)
         return LayerCache.attend(self.store, turned.to(query.dtype) + 1e-6 * query, **options)
+
+    def _noise(self, ahead: int) -> Tensor:
+        """Of this step, or of one so many steps later."""
+        number = (self.store.counters[:1] + ahead) % NUM_NOISES
+        return self.drift.noise.index_select(0, number)[0]

@@ -59,7 +59,8 @@ class LayerCache(LayerBuffers):
         self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
         self.has_previous = False  # whether it has one before it that is ours
         self._estimate: QueryEstimate | None = None  # of the next one, to be fetched for
-        self._started: list[Tensor] | None = None  # what a fetch that was started needs
+        # What a fetch was started by, and all that it needs.
+        self._started: tuple[QueryEstimate, list[Tensor]] | None = None
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
 
@@ -89,7 +90,7 @@ class LayerCache(LayerBuffers):
         if is_prompt:
             self._join(key)
         elif self._started is not None:
-            self.operators.await_placed(self.counters, self._started, key)
+            self.operators.await_placed(self.counters, self._started[1], key)
         if is_prompt and self._is_known(key):
             keys, values = self._store_prompt(key, value)
         else:
@@ -174,6 +175,11 @@ class LayerCache(LayerBuffers):
         if not self.has_previous:
             self._start(None)
 
+    @property
+    def expected(self) -> QueryEstimate | None:
+        """The estimate by which something is being fetched for this step."""
+        return None if self._started is None else self._started[0]
+
     def _is_known(self, like: Tensor) -> bool:
         """Whether the host knows of this prompt, so that it can be treated by its length."""
         return not (self.is_static and (self.hands_out_all or _is_recorded(like)))
@@ -230,15 +236,16 @@ class LayerCache(LayerBuffers):
         estimate = self._estimate
         self._join()
         if estimate is not None and self.hot is not None:
-            self._started = self.operators.fetch_ahead(
+            kept = self.operators.fetch_ahead(
                 estimate, self._allocated.rows, self.state, self.counters, self.hot, before
             )
+            self._started = estimate, kept
 
     def _join(self, after: Tensor | None = None) -> None:
         """Wait for what was started, before anything of it is used or changed."""
         self._estimate = None
         if self._started is not None and self.hot is not None:
-            kept, self._started = self._started, None
+            (_, kept), self._started = self._started, None
             self.operators.join(self.hot, kept, self.counters if after is None else after)
 
 

@@ -37,13 +37,23 @@ class NextQuery:
 
     Does nothing but where a single token decodes over an offloaded layer of our own cache.
     `number`, `form` and `layer` are those of the layer after it; `rotary` is the decoder's.
+    `has_twin` says that the layer's own query was estimated by the same RoPE.
     """
 
-    def __init__(self, number: int, form: _Form, layer: Any = None, rotary: Any = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        form: _Form,
+        layer: Any = None,
+        rotary: Any = None,
+        *,
+        has_twin: bool = False,
+    ) -> None:
         self.number = number
         self.form = form
         self.layer = layer
         self.rotary = rotary
+        self.has_twin = has_twin
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Runs before the layer; see `torch.nn.Module.register_forward_pre_hook`."""
@@ -59,18 +69,26 @@ class NextQuery:
         if store.is_offloaded and store.is_allocated and store.config.prefetch:
             with torch.no_grad():
                 device = store.state[0].device  # a model may be spread over several
-                store.prefetch(self._estimate(hidden_states.to(device), options))
+                rotation = self._known_rotation(cache) if self.has_twin else None
+                store.prefetch(self._estimate(hidden_states.to(device), options, rotation))
 
-    def _estimate(self, hidden_states: Tensor, options: dict[str, Any]) -> QueryEstimate:
+    def _known_rotation(self, cache: FierCache) -> Tensor | None:
+        """The matrix by which the layer's own query was estimated."""
+        own = cache.layers[self.number - 1]
+        expected = own.store.expected if isinstance(own, FierLayer) else None
+        return expected.rotation if expected is not None else None
+
+    def _estimate(
+        self, hidden_states: Tensor, options: dict[str, Any], rotation: Tensor | None
+    ) -> QueryEstimate:
         """As if the layer before changed nothing."""
         name, head_dim, norm_size, rotate, _ = self.form
         attention: Any = getattr(self.layer, name)
         hidden_states = self.layer.input_layernorm(hidden_states)
         if rotate is not None and not norm_size and _is_linear(attention.q_proj):
             # All that follows is linear, so it can wait for a stream beside the model's own.
-            heads = torch.eye(head_dim, dtype=hidden_states.dtype, device=hidden_states.device)
-            heads = heads[None, :, None].expand(len(hidden_states), -1, -1, -1)
-            rotation = self._rotated(heads, hidden_states, options)[:, :, 0].to(heads.dtype)
+            if rotation is None or rotation.device != hidden_states.device:
+                rotation = self._rotation(hidden_states, options)
             projection = attention.q_proj
             return QueryEstimate(hidden_states, projection.weight, projection.bias, rotation)
         query: Tensor = attention.q_proj(hidden_states)
@@ -83,6 +101,12 @@ class NextQuery:
         if rotate is not None:
             query = self._rotated(query, hidden_states, options)
         return QueryEstimate(query)
+
+    def _rotation(self, like: Tensor, options: dict[str, Any]) -> Tensor:
+        """``[B, D, D]``: what RoPE makes of each channel."""
+        channels = torch.eye(self.form.head_dim, dtype=like.dtype, device=like.device)
+        channels = channels[None, :, None].expand(len(like), -1, -1, -1)
+        return self._rotated(channels, like, options)[:, :, 0].to(like.dtype)
 
     def _rotated(self, query: Tensor, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
         """``[B, Hq, 1, D]`` after RoPE."""
@@ -134,7 +158,8 @@ class Lookahead:
             copied = deepcopy(original, memo)
             deepcopy(handle, memo).remove()  # the hook that was copied with it
             parts = deepcopy(estimate.layer, memo), deepcopy(estimate.rotary, memo)
-            hooks.append((copied, NextQuery(estimate.number, estimate.form, *parts)))
+            following = estimate.number, estimate.form, *parts
+            hooks.append((copied, NextQuery(*following, has_twin=estimate.has_twin)))
         return Lookahead(hooks)
 
 
@@ -150,7 +175,7 @@ def plan(model: PreTrainedModel, settings: FierConfig) -> list[tuple[nn.Module, 
     decoder = model.get_decoder()
     layers: Any = getattr(decoder, "layers", ())
     rotary = getattr(decoder, "rotary_emb", None)
-    hooks = []
+    hooks: list[tuple[nn.Module, NextQuery]] = []
     for number, layout in enumerate(layer_layout(config)):
         if layout.kind != "full" or number < max(settings.dense_layers, 1):
             continue
@@ -163,7 +188,10 @@ def plan(model: PreTrainedModel, settings: FierConfig) -> list[tuple[nn.Module, 
                 f"{type(model).__name__} does not let the query of layer {number} be estimated "
                 f"before it runs ({error}): apply with prefetch=False"
             ) from error
-        hooks.append((layers[number - 1], NextQuery(number, form, layers[number], rotary)))
+        known = [(hook.number, hook.form) for _, hook in hooks if form.rotary_type is None]
+        has_twin = (number - 1, form) in known
+        hook = NextQuery(number, form, layers[number], rotary, has_twin=has_twin)
+        hooks.append((layers[number - 1], hook))
     return hooks
 
 

@@ -131,6 +131,16 @@ def place_kernel(
         tl.store(tally_ptr + USEFUL, useful + tl.sum((is_hit & (before % 2 == 0)).to(tl.int32)))
 
 
+@triton.jit
+def _asked(place_ptr, token_index_ptr, task, tasks, blocks, slot, width):
+    """Where the tokens of one block of a list lie, and which they are."""
+    slot += task % blocks * slot.shape[0]
+    offset = (task // blocks).to(tl.int64) * width + slot
+    mask = (slot < width) & (task < tasks)
+    lies = tl.load(place_ptr + offset, mask=mask, other=EMPTY)
+    return lies, tl.load(token_index_ptr + offset, mask=mask, other=0)
+
+
 @triton.jit(do_not_specialize=["num_lists", "num_kv_rows", "width", "num_rows"])
 def fetch_kernel(
     rows_ptr,
@@ -148,18 +158,23 @@ def fetch_kernel(
 ):
     """Copy what is marked as missing from paired rows to the hot ones, by a few programs."""
     channel = tl.arange(0, BLOCK_W)
+    slot = tl.arange(0, BLOCK_N)
     blocks = tl.cdiv(width, BLOCK_N)
-    for task in range(tl.program_id(0), num_lists * blocks, tl.num_programs(0)):
+    tasks, step = num_lists * blocks, tl.num_programs(0)
+    first = tl.program_id(0)
+    lies, token = _asked(place_ptr, token_index_ptr, first, tasks, blocks, slot, width)
+    for task in range(first, tasks, step):
+        # What is to be fetched next is read while this is on its way.
+        next_lies, next_token = _asked(
+            place_ptr, token_index_ptr, task + step, tasks, blocks, slot, width
+        )
         list_ = (task // blocks).to(tl.int64)
-        slot = task % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-        lies = tl.load(place_ptr + list_ * width + slot, mask=slot < width, other=EMPTY)
-        is_missing = lies >= MISSING
-        token = tl.load(token_index_ptr + list_ * width + slot, mask=is_missing, other=0)
-        mask = is_missing[:, None] & (channel < PAIR)[None, :]
+        mask = (lies >= MISSING)[:, None] & (channel < PAIR)[None, :]
         source_ptr = rows_ptr + (token * num_kv_rows + list_ // LISTS_PER_KV_HEAD) * PAIR
         rows = tl.load(source_ptr[:, None] + channel[None, :], mask=mask, other=0.0)
         target_ptr = hot_ptr + (list_ * num_rows + lies % MISSING) * PAIR
         tl.store(target_ptr[:, None] + channel[None, :], rows, mask=mask)
+        lies, token = next_lies, next_token
 
 
 def place(hot: HotSet, token_indices: Tensor, counters: Tensor | None = None) -> Tensor:
