@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import linear
+
+Project = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,15 @@ class QueryEstimate:
         head_dim = self.rotation.shape[2]
         return self.source.shape[0], self.weight.shape[0] // head_dim, 1, head_dim
 
-    def query(self) -> Tensor:
-        """``[B, Hq, 1, D]``."""
+    def query(self, project: Project = linear) -> Tensor:
+        """``[B, Hq, 1, D]``.
+
+        Args:
+            project: a linear layer, of the source, the weight and the bias.
+        """
         if self.weight is None or self.rotation is None:
             return self.source
         batch_size, num_heads, _, head_dim = self.size
-        heads = linear(self.source, self.weight, self.bias).view(batch_size, num_heads, head_dim)
+        projected = project(self.source, self.weight, self.bias)
+        heads = projected.view(batch_size, num_heads, head_dim)
         return (heads @ self.rotation)[:, :, None]

@@ -85,7 +85,7 @@ class NextQuery:
         name, head_dim, norm_size, rotate, _ = self.form
         attention: Any = getattr(self.layer, name)
         hidden_states = self.layer.input_layernorm(hidden_states)
-        if rotate is not None and not norm_size and _is_linear(attention.q_proj):
+        if rotate is not None and not norm_size and _is_linear(attention.q_proj, hidden_states):
             # All that follows is linear, so it can wait for a stream beside the model's own.
             if rotation is None or rotation.device != hidden_states.device:
                 rotation = self._rotation(hidden_states, options)
@@ -195,10 +195,12 @@ def plan(model: PreTrainedModel, settings: FierConfig) -> list[tuple[nn.Module, 
     return hooks
 
 
-def _is_linear(projection: nn.Module) -> bool:
-    """Whether it is a plain one, that nothing is hooked to."""
-    hooks = projection._forward_hooks, projection._forward_pre_hooks
-    return type(projection) is nn.Linear and not any(hooks)
+def _is_linear(projection: nn.Module, like: Tensor) -> bool:
+    """Whether it is a plain one for such tensors, that nothing is hooked to."""
+    if type(projection) is not nn.Linear:
+        return False
+    is_alike = projection.weight.dtype == like.dtype and projection.weight.device == like.device
+    return is_alike and not projection._forward_hooks and not projection._forward_pre_hooks
 
 
 def _form(layer: nn.Module, number: int, layout: LayerLayout, rotary: Any, config: Any) -> _Form:

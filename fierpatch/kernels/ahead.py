@@ -11,6 +11,7 @@ from fierpatch.hot_set import HotSet
 from fierpatch.kernels import residency, retrieve
 from fierpatch.kernels.launch import is_interpreted
 from fierpatch.kernels.logits import Logits
+from fierpatch.kernels.project import project
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.query_estimate import QueryEstimate
 
@@ -47,7 +48,14 @@ def fetch_ahead(
         # A selection wants a token at least; none is placed that is not there.
         lengths = counters.clamp(min=1)
         chosen = retrieve.retrieve(
-            shape, scratch, estimate.query(), state, lengths, logits, sinks=sinks, recent=recent
+            shape,
+            scratch,
+            estimate.query(project),
+            state,
+            lengths,
+            logits,
+            sinks=sinks,
+            recent=recent,
         )
         return residency.place(hot, chosen, counters), chosen
 

@@ -15,6 +15,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 import fierpatch
 from fierpatch.offload.memory import HostMemory
 from kernels.feeds import Feed, check_append
+from kernels.projections import Layer, check_projection
 from kernels.residencies import Steps, check_residency
 
 pytestmark = [
@@ -232,6 +233,13 @@ def test_pinned_memory_is_the_same_on_both_sides() -> None:
 )
 def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
     check_residency(case, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_a_projection_is_a_linear_layer(rows: int, dtype: torch.dtype) -> None:
+    check_projection(Layer(rows, 4096, 4096, rows > 1, "strided", dtype), CUDA)
+    check_projection(Layer(rows, 1000, 777, rows == 1, "offset", dtype), CUDA)
 
 
 @pytest.mark.parametrize("group_size", [32, 128])

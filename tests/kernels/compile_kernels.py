@@ -28,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fierpatch.hot_set import HotSet
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
-from fierpatch.kernels import append, attention, launch, residency, retrieve
+from fierpatch.kernels import append, attention, launch, project, residency, retrieve
 from fierpatch.kernels import shape as sizes
 from fierpatch.kernels.logits import Logits
 from fierpatch.rows import split
@@ -130,6 +130,9 @@ def decode(
     if is_offloaded and num_queries == 1:
         lists = (batch_size, token_indices.shape[1], head_dim + value_head_dim)
         hot = HotSet.empty(2 * token_indices.shape[3], capacity, *lists, paired)
+        weight = zeros(query.shape[1] * head_dim, 24 + 8 * head_dim)
+        source = zeros(batch_size, 1, weight.shape[1])
+        project.project(source, weight, weight[:, 0] if has_counters else None)
         more = residency.place(hot, token_indices, counters)
         residency.fetch(hot, more, token_indices, paired)
         placed = hot.rows, residency.place(hot, token_indices)

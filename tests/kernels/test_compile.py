@@ -41,6 +41,7 @@ HOT = {  # what a step of an index launches, at the least
     "key_scores_kernel",
     "refine_kernel",
     "place_kernel",
+    "project_kernel",
     "gather_attention_kernel",
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ guide, 17.3)
