@@ -52,7 +52,8 @@ class FierConfig:
         hot_tokens: how many such rows a list, at least the budget; None means four times the
             budget, with which some 90 % of what a step selects needs no fetching.
         prefetch: fetch ahead what the next layer will probably select, on a stream of its own; the
-            result does not depend on it. For `offload`.
+            result does not depend on it. For `offload`, where steps select mostly other tokens than
+            the last one: where they do not, a second scan of the index costs more than it saves.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
             ``"reference"`` (plain PyTorch, anywhere) or ``"auto"``: Triton where it can run.
         seed: seed of the rotation's random signs.
