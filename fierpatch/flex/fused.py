@@ -76,6 +76,22 @@ def attend(
         return _compiled(query, keys, values, allowed, num_blocks, block_indices, sinks, form)
 
 
+def kernel_options(keys: Tensor, values: Tensor, block_size: int) -> Any:
+    """What torch is told of the kernel, for keys and values read in blocks of this size."""
+    if not keys.is_cuda:
+        # Or one query over 512 keys and more is given to a template that does not compile without
+        # full blocks, and with them leaves what has no tokens unwritten (torch 2.13).
+        return {"PARTITION_SIZE": 1}
+    width = max(1 << (each.shape[3] - 1).bit_length() for each in (keys, values))
+    staged = _STAGES * 2 * min(block_size, 64) * width * keys.element_size()
+    # By its name the kernel for decode is used or it is an error.
+    return {
+        "BACKEND": "TRITON_DECODE",
+        "num_stages": _STAGES if staged <= _MOST_STAGED else 1,
+        "num_warps": 4,
+    }
+
+
 def _attend(
     query: Tensor,
     keys: Tensor,
@@ -110,7 +126,7 @@ def _attend(
             score_mod=score_mod,
             block_mask=block_mask,
             scale=form.scale,
-            kernel_options=_kernel_options(keys, values, form.block_size),
+            kernel_options=kernel_options(keys, values, form.block_size),
             return_aux=AuxRequest(lse=form.with_lse),
         )
         return _apart(output), aux.lse
@@ -134,18 +150,3 @@ def _rows_mask_mod(is_used: Tensor) -> MaskMod:
         return is_used[b, h, kv_idx]
 
     return used
-
-
-def _kernel_options(keys: Tensor, values: Tensor, block_size: int) -> Any:
-    if not keys.is_cuda:
-        # Or one query over 512 keys and more is given to a template that does not compile without
-        # full blocks, and with them leaves what has no tokens unwritten (torch 2.13).
-        return {"PARTITION_SIZE": 1}
-    width = max(1 << (each.shape[3] - 1).bit_length() for each in (keys, values))
-    staged = _STAGES * 2 * min(block_size, 64) * width * keys.element_size()
-    # By its name the kernel for decode is used or it is an error.
-    return {
-        "BACKEND": "TRITON_DECODE",
-        "num_stages": _STAGES if staged <= _MOST_STAGED else 1,
-        "num_warps": 4,
-    }

@@ -147,28 +147,34 @@ def test_two_halves_of_a_selection_merge_by_their_log_sum_exp(
 
 # Compiled, some 6 s each: what differs in kind, not in size.
 
-COMPILED = {
+COMPILED = [
     # One query a list over 512 keys and more, which torch's own choice of template gets wrong.
-    "mask-1": ("mask", Attention(num_groups=1, length=1040, per_query_head=True)),
-    "mask-3": (
+    pytest.param("mask", Attention(num_groups=1, length=1040, per_query_head=True), id="mask-1"),
+    pytest.param(
         "mask",
         Attention(num_queries=3, head_dim=24, value_head_dim=5, length=649, softcap=4.0,
                   per_query_head=True, dtype=torch.bfloat16),
+        marks=pytest.mark.slow, id="mask-3",
     ),
-    "compact-1": ("compact", Attention(num_groups=1, length=90, width=600, head_dim=3)),
-    "compact-8": (
+    pytest.param(
+        "compact", Attention(num_groups=1, length=90, width=600, head_dim=3),
+        marks=pytest.mark.slow, id="compact-1",
+    ),
+    pytest.param(
         "compact",
         Attention(num_queries=8, num_groups=7, head_dim=80, softcap=2.0, has_sinks=True,
                   dtype=torch.float16),
+        id="compact-8",
     ),
-}  # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_attention_is_the_reference_s_for_every_selection(name: str) -> None:
+@pytest.mark.parametrize(("mode", "case"), COMPILED)
+def test_compiled_attention_is_the_reference_s_for_every_selection(
+    mode: Mode, case: Attention
+) -> None:
     """Without compiling again, for lists without any token too."""
-    mode, case = COMPILED[name]
     options = case.options()
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, lists: Tensor) -> Tensor:
