@@ -7,6 +7,7 @@ list are folded into the query length, so that a program reads a row once for al
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -25,24 +26,26 @@ Mode = Literal["mask", "compact"]
 # The share of the tokens up to which a mask pays on an H100: 1,024 of 131,072 at random took 57 us
 # in blocks of 16, against 186 us densely; from some 2 % on almost every block is hit.
 MASK_DENSITY = 0.02
+_RECOMPILE_LIMIT = 64  # shapes of eager steps: a few batches and lengths, queries from 1 to 8
 
 
-def choose_mode(*, num_selected: int, length: int, is_fused: bool, can_mask: bool = True) -> Mode:
+def choose_mode(*, num_selected: int, length: int, num_rows: int, is_cuda: bool) -> Mode:
     """The mode, by what is known before anything is selected.
 
-    ``"mask"`` where a fused kernel can skip blocks, nothing stands against it, and a KV head
-    selects at most `MASK_DENSITY` of the tokens; else ``"compact"``. A selection that lies in
-    clusters gains by ``"mask"`` at any density, which no shape tells: name the mode then.
+    ``"mask"`` on CUDA where its decode kernel takes the folded queries and a KV head selects at
+    most `MASK_DENSITY` of the tokens; else ``"compact"``. A selection that lies in clusters gains
+    by ``"mask"`` at any density, which no shape tells: name the mode then.
 
     Args:
         num_selected: tokens that all lists and queries of a KV head may select together.
         length: S.
-        is_fused: the call is compiled; eager FlexAttention computes every cell of a mask.
-        can_mask: False for sink logits on a CPU, where a fused kernel gives no log-sum-exp, and
-            for more rows of queries than the decode kernel on CUDA takes.
+        num_rows: query heads of a KV head times queries.
+        is_cuda: on a CPU a block costs as much as its tokens, each of which may be in another
+            (128 of 8,192 at random: 2.1 ms by mask, 0.7 ms gathered), and eager FlexAttention
+            computes every cell of a mask.
     """
     is_sparse = num_selected <= MASK_DENSITY * length
-    return "mask" if is_fused and can_mask and is_sparse else "compact"
+    return "mask" if is_cuda and is_sparse and num_rows <= MOST_ROWS else "compact"
 
 
 def selected_attention(
@@ -96,13 +99,11 @@ def selected_attention(
     is_compiling, is_cuda = torch.compiler.is_compiling(), query.is_cuda
     has_sinks = sink_logits is not None
     if mode is None:
-        has_lse = is_cuda or not is_compiling
-        has_room = not is_cuda or num_groups * num_queries <= MOST_ROWS
         mode = choose_mode(
             num_selected=num_lists // keys.shape[1] * num_queries * token_indices.shape[3],
             length=keys.shape[2],
-            is_fused=is_cuda or is_compiling,
-            can_mask=has_room and (has_lse or not has_sinks),
+            num_rows=num_groups * num_queries,
+            is_cuda=is_cuda,
         )
     is_mask = mode == "mask"
     needs_lse = with_lse or (is_mask and has_sinks)
@@ -116,19 +117,40 @@ def selected_attention(
         layout = QueryLayout(query.shape[1] * num_queries, 1, folded)
     check_rows(layout.num_rows, mode=mode, is_cuda=is_cuda)
     form = Form(layout, block_size, scale, softcap, num_queries, needs_lse)
-    with torch.no_grad():
-        run = _by_mask if is_mask else _by_rows
+    run = _attend
+    limit = contextlib.nullcontext()
+    if is_cuda and not is_compiling:
+        # Past the limit it would be an error, and the default of 8 is less than the lengths of
+        # queries.
+        run, limit = _compiled, torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)
+    with torch.no_grad(), limit:
         output, lse = run(
-            query.detach(), keys.detach(), values.detach(), token_indices, sink_logits, form,
-            is_ascending,
+            query.detach(), keys.detach(), values.detach(), token_indices,
+            None if sink_logits is None else sink_logits.detach(), form, is_mask, is_ascending,
         )  # fmt: skip
-        has_any = (token_indices >= 0).any(-1)  # [B, L, T]
-        has_any = has_any.repeat_interleave(query.shape[1] // num_lists, 1)
-        # What has no tokens may have read others, which may be NaN.
-        output = torch.where(has_any.unsqueeze(3), output, 0.0)
-        if lse is not None:
-            lse = torch.where(has_any, lse, -torch.inf)
-        return output, lse if with_lse else None
+    return output, lse if with_lse else None
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_indices: Tensor,
+    sink_logits: Tensor | None,
+    form: Form,
+    is_mask: bool,
+    is_ascending: bool,
+) -> tuple[Tensor, Tensor | None]:
+    run = _by_mask if is_mask else _by_rows
+    output, lse = run(query, keys, values, token_indices, sink_logits, form, is_ascending)
+    has_any = (token_indices >= 0).any(-1)  # [B, L, T]
+    has_any = has_any.repeat_interleave(query.shape[1] // token_indices.shape[1], 1)
+    # What has no tokens may have read others, which may be NaN.
+    output = torch.where(has_any.unsqueeze(3), output, 0.0)
+    return output, None if lse is None else torch.where(has_any, lse, -torch.inf)
+
+
+_compiled = torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
 def _by_mask(
@@ -157,7 +179,7 @@ def _by_mask(
     lse = lse.unflatten(2, (-1, form.num_queries)).flatten(1, 2)  # [B, Hq, T]
     if sink_logits is not None:
         # A sink has a weight and no value, so all it does is to shrink the others' share.
-        sinks = sink_logits.detach().to(lse.dtype)[:, None]
+        sinks = sink_logits.to(lse.dtype)[:, None]
         output = (output * torch.sigmoid(lse - sinks).unsqueeze(3)).to(query.dtype)
         lse = torch.logaddexp(lse, sinks)
     return output, lse
@@ -184,7 +206,7 @@ def _by_rows(
     grouped = query.unflatten(1, (num_lists, -1)).transpose(2, 3).flatten(1, 2)
     sinks = None
     if sink_logits is not None:
-        sinks = sink_logits.detach().to(torch.promote_types(query.dtype, torch.float32))
+        sinks = sink_logits.to(torch.promote_types(query.dtype, torch.float32))
     output, lse = attend(grouped, *gathered, sinks, form)  # [B, lists * T, G, Dv]
     output = output.unflatten(1, (num_lists, -1)).transpose(2, 3).flatten(1, 2)
     if lse is not None:
