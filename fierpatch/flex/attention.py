@@ -7,7 +7,6 @@ list are folded into the query length, so that a program reads a row once for al
 
 from __future__ import annotations
 
-import contextlib
 from typing import Literal
 
 import torch
@@ -26,26 +25,25 @@ Mode = Literal["mask", "compact"]
 # The share of the tokens up to which a mask pays on an H100: 1,024 of 131,072 at random took 57 us
 # in blocks of 16, against 186 us densely; from some 2 % on almost every block is hit.
 MASK_DENSITY = 0.02
-_RECOMPILE_LIMIT = 64  # shapes of eager steps: a few batches and lengths, queries from 1 to 8
 
 
-def choose_mode(*, num_selected: int, length: int, num_rows: int, is_cuda: bool) -> Mode:
+def choose_mode(*, num_selected: int, length: int, num_rows: int, is_fused: bool) -> Mode:
     """The mode, by what is known before anything is selected.
 
-    ``"mask"`` on CUDA where its decode kernel takes the folded queries and a KV head selects at
-    most `MASK_DENSITY` of the tokens; else ``"compact"``. A selection that lies in clusters gains
-    by ``"mask"`` at any density, which no shape tells: name the mode then.
+    ``"mask"`` within a compiled model on CUDA, where the decode kernel takes the folded queries and
+    a KV head selects at most `MASK_DENSITY` of the tokens; else ``"compact"``. A selection that
+    lies in clusters gains by ``"mask"`` at any density, which no shape tells: name the mode then.
 
     Args:
         num_selected: tokens that all lists and queries of a KV head may select together.
         length: S.
         num_rows: query heads of a KV head times queries.
-        is_cuda: on a CPU a block costs as much as its tokens, each of which may be in another
-            (128 of 8,192 at random: 2.1 ms by mask, 0.7 ms gathered), and eager FlexAttention
-            computes every cell of a mask.
+        is_fused: compiled with the model on CUDA. By itself, a call would be compiled for each new
+            length; on a CPU a block costs as much as its tokens, each of which may be in another
+            (128 of 8,192 at random: 2.1 ms by mask, 0.7 ms gathered).
     """
     is_sparse = num_selected <= MASK_DENSITY * length
-    return "mask" if is_cuda and is_sparse and num_rows <= MOST_ROWS else "compact"
+    return "mask" if is_fused and is_sparse and num_rows <= MOST_ROWS else "compact"
 
 
 def selected_attention(
@@ -64,8 +62,8 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention over the chosen tokens only; `gather_attention` is its specification.
 
-    Within a compiled function it becomes part of the graph. Elsewhere it is compiled on CUDA, and
-    computed by eager FlexAttention on a CPU, which is unfused. It has no gradient.
+    Within a compiled function it becomes part of the graph. Elsewhere its kernel is compiled by
+    itself on CUDA, and eager FlexAttention computes it on a CPU, unfused. It has no gradient.
 
     Args:
         query: ``[B, Hq, T, D]``.
@@ -103,7 +101,7 @@ def selected_attention(
             num_selected=num_lists // keys.shape[1] * num_queries * token_indices.shape[3],
             length=keys.shape[2],
             num_rows=num_groups * num_queries,
-            is_cuda=is_cuda,
+            is_fused=is_cuda and is_compiling,
         )
     is_mask = mode == "mask"
     needs_lse = with_lse or (is_mask and has_sinks)
@@ -117,40 +115,19 @@ def selected_attention(
         layout = QueryLayout(query.shape[1] * num_queries, 1, folded)
     check_rows(layout.num_rows, mode=mode, is_cuda=is_cuda)
     form = Form(layout, block_size, scale, softcap, num_queries, needs_lse)
-    run = _attend
-    limit = contextlib.nullcontext()
-    if is_cuda and not is_compiling:
-        # Past the limit it would be an error, and the default of 8 is less than the lengths of
-        # queries.
-        run, limit = _compiled, torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)
-    with torch.no_grad(), limit:
+    with torch.no_grad():
+        run = _by_mask if is_mask else _by_rows
         output, lse = run(
             query.detach(), keys.detach(), values.detach(), token_indices,
-            None if sink_logits is None else sink_logits.detach(), form, is_mask, is_ascending,
+            None if sink_logits is None else sink_logits.detach(), form, is_ascending,
         )  # fmt: skip
+        has_any = (token_indices >= 0).any(-1)  # [B, L, T]
+        has_any = has_any.repeat_interleave(query.shape[1] // num_lists, 1)
+        # What has no tokens may have read others, which may be NaN.
+        output = torch.where(has_any.unsqueeze(3), output, 0.0)
+        if lse is not None:
+            lse = torch.where(has_any, lse, -torch.inf)
     return output, lse if with_lse else None
-
-
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token_indices: Tensor,
-    sink_logits: Tensor | None,
-    form: Form,
-    is_mask: bool,
-    is_ascending: bool,
-) -> tuple[Tensor, Tensor | None]:
-    run = _by_mask if is_mask else _by_rows
-    output, lse = run(query, keys, values, token_indices, sink_logits, form, is_ascending)
-    has_any = (token_indices >= 0).any(-1)  # [B, L, T]
-    has_any = has_any.repeat_interleave(query.shape[1] // token_indices.shape[1], 1)
-    # What has no tokens may have read others, which may be NaN.
-    output = torch.where(has_any.unsqueeze(3), output, 0.0)
-    return output, None if lse is None else torch.where(has_any, lse, -torch.inf)
-
-
-_compiled = torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
 def _by_mask(

@@ -1,4 +1,4 @@
-"""The call of FlexAttention: compiled, as part of what is being compiled, or eager."""
+"""The call of FlexAttention: within a compiled model, compiled by itself, or eager on a CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fierpatch.flex.block_mask import decode_block_mask
 from fierpatch.flex.masks import MaskMod, QueryLayout, selected_mask_mod
 
 _MOST_STAGED = 96 << 10  # bytes of K and V in flight, which every GPU since the A100 has room for
+_RECOMPILE_LIMIT = 64  # shapes of eager steps: a few batches and budgets, queries from 1 to 8
 _STAGES = 3  # with 4 warps the best of what was tried on an H100, where the defaults are poor
 
 # On a CPU the kernel compiles beside neither a query that is computed in the graph and reshaped nor
@@ -68,6 +69,39 @@ def attend(
     Returns:
         ``[B, heads, rows, Dv]``, and the log-sum-exp ``[B, heads, rows]`` or None.
     """
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return _attend(query, keys, values, allowed, num_blocks, block_indices, sinks, form)
+    # Past the limit it would be an error; the default of 8 is less than the lengths of queries.
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        return _compiled(query, keys, values, allowed, num_blocks, block_indices, sinks, form)
+
+
+def kernel_options(keys: Tensor, values: Tensor, block_size: int) -> Any:
+    """What torch is told of the kernel, for keys and values read in blocks of this size."""
+    if not keys.is_cuda:
+        # Or one query over 512 keys and more is given to a template that does not compile without
+        # full blocks, and with them leaves what has no tokens unwritten (torch 2.13).
+        return {"PARTITION_SIZE": 1}
+    width = max(1 << (each.shape[3] - 1).bit_length() for each in (keys, values))
+    staged = _STAGES * 2 * min(block_size, 64) * width * keys.element_size()
+    # By its name the kernel for decode is used or it is an error.
+    return {
+        "BACKEND": "TRITON_DECODE",
+        "num_stages": _STAGES if staged <= _MOST_STAGED else 1,
+        "num_warps": 4,
+    }
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    allowed: Tensor,
+    num_blocks: Tensor,
+    block_indices: Tensor,
+    sinks: Tensor | None,
+    form: Form,
+) -> tuple[Tensor, Tensor | None]:
     layout, softcap, num_queries = form.layout, form.softcap, form.num_queries
     num_rows = query.shape[2]
 
@@ -104,20 +138,7 @@ def attend(
     return output, lse * math.log(2.0) if form.with_lse else None
 
 
-def kernel_options(keys: Tensor, values: Tensor, block_size: int) -> Any:
-    """What torch is told of the kernel, for keys and values read in blocks of this size."""
-    if not keys.is_cuda:
-        # Or one query over 512 keys and more is given to a template that does not compile without
-        # full blocks, and with them leaves what has no tokens unwritten (torch 2.13).
-        return {"PARTITION_SIZE": 1}
-    width = max(1 << (each.shape[3] - 1).bit_length() for each in (keys, values))
-    staged = _STAGES * 2 * min(block_size, 64) * width * keys.element_size()
-    # By its name the kernel for decode is used or it is an error.
-    return {
-        "BACKEND": "TRITON_DECODE",
-        "num_stages": _STAGES if staged <= _MOST_STAGED else 1,
-        "num_warps": 4,
-    }
+_compiled = torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -240,15 +240,17 @@ def test_a_compiled_chunk_of_a_prefill_visits_its_blocks_alone() -> None:
     num_selected=st.integers(1, 5000),
     length=st.integers(1, 200_000),
     num_rows=st.sampled_from((1, 32, 127, 128, 1000)),
-    is_cuda=st.booleans(),
+    is_fused=st.booleans(),
 )
-@example(num_selected=1024, length=131_072, num_rows=4, is_cuda=True)
+@example(num_selected=1024, length=131_072, num_rows=4, is_fused=True)
 def test_a_mask_is_for_few_tokens_of_many_where_a_kernel_skips_the_rest(
-    num_selected: int, length: int, num_rows: int, is_cuda: bool
+    num_selected: int, length: int, num_rows: int, is_fused: bool
 ) -> None:
-    mode = choose_mode(num_selected=num_selected, length=length, num_rows=num_rows, is_cuda=is_cuda)
+    mode = choose_mode(
+        num_selected=num_selected, length=length, num_rows=num_rows, is_fused=is_fused
+    )
     pays = num_selected / length <= MASK_DENSITY
-    assert mode == ("mask" if pays and is_cuda and num_rows < 128 else "compact")
+    assert mode == ("mask" if pays and is_fused and num_rows < 128 else "compact")
 
 
 def test_lists_of_query_heads_and_of_queries_count_together() -> None:
