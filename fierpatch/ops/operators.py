@@ -30,7 +30,7 @@ class Operators(Protocol):
 
     @property
     def name(self) -> str:
-        """The backend: ``"reference"`` or ``"triton"``."""
+        """The backend: ``"reference"``, ``"triton"`` or ``"flex"``."""
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -81,7 +81,7 @@ class Operators(Protocol):
         scale: float,
         softcap: float,
     ) -> Tensor:
-        """The tokens to attend: int64 ``[B, H or Hq, T, min(budget, C)]``, padded with -1."""
+        """The tokens to attend: int64 ``[B, H or Hq, T, min(budget, C)]``, ascending, then -1."""
 
     def attend(
         self,
@@ -291,7 +291,8 @@ def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:
 def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
     """Which backend runs a layer with such keys and values: ``"reference"`` or ``"triton"``.
 
-    ``"auto"`` is Triton on a CUDA device where it is installed and has kernels for these keys.
+    ``"auto"`` is Triton on a CUDA device where it is installed and has kernels for these keys, and
+    so is ``"flex"``, of all but the attention.
 
     Raises:
         BackendError: ``"triton"`` was asked for and cannot run.

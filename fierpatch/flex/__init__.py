@@ -1,0 +1,38 @@
+"""FlexAttention as a backend: masks by name, block masks from a selection, and decode over both."""
+
+from __future__ import annotations
+
+from fierpatch.flex.attention import MASK_DENSITY, Mode, choose_mode, selected_attention
+from fierpatch.flex.block_mask import BLOCK_SIZES, block_mask_of, ordered_blocks
+from fierpatch.flex.limits import check_layer
+from fierpatch.flex.masks import (
+    MaskMod,
+    QueryLayout,
+    causal_mask_mod,
+    padding_mask_mod,
+    selected_blocks_mask_mod,
+    selected_mask_mod,
+    sinks_and_recent_mask_mod,
+)
+from fierpatch.flex.operators import FlexOperators
+from fierpatch.flex.selection import SelectionMask
+
+__all__ = [
+    "BLOCK_SIZES",
+    "MASK_DENSITY",
+    "FlexOperators",
+    "MaskMod",
+    "Mode",
+    "QueryLayout",
+    "SelectionMask",
+    "block_mask_of",
+    "causal_mask_mod",
+    "check_layer",
+    "choose_mode",
+    "ordered_blocks",
+    "padding_mask_mod",
+    "selected_attention",
+    "selected_blocks_mask_mod",
+    "selected_mask_mod",
+    "sinks_and_recent_mask_mod",
+]
