@@ -13,6 +13,7 @@ from fierpatch.errors import ConfigError, NotYetSupportedError
 
 INDEXES = ("rotated", "fier")
 BACKENDS = ("auto", "triton", "reference")
+PREFILLS = ("dense", "sparse")
 PLANNED_BACKENDS = ("flex",)
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
 REFINE_BITS = (2, 3, 4)  # those of the index's own, which this module cannot import: it loads torch
@@ -43,7 +44,12 @@ class FierConfig:
         per_query_head: select for every query head on its own instead of once for the query heads
             that share a KV head. Better at equal budget, at up to num_groups times the traffic.
         max_query_length: the longest query that goes through retrieval (decode, and the
-            verification step of assisted decoding); longer ones are prefill and stay dense.
+            verification step of assisted decoding); longer ones are prefill.
+        prefill: how a prompt attends: ``"dense"``, by the model's own attention, or ``"sparse"``:
+            every block of queries over the blocks of keys that hold most of its weight, as the
+            index sees it, beside sinks and recents. Layers without an index stay dense.
+        prefill_mass: the part of the estimated weight that sparse prefill holds for every query
+            head, above 0 and up to 1. At least `budget` tokens are attended in any case.
         compile: build static caches, so that decode compiles into one graph.
             ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
         offload: keep K and V in pinned host memory, but for those of the dense layers; the index
@@ -73,6 +79,8 @@ class FierConfig:
     dense_layers: int = 2
     per_query_head: bool = False
     max_query_length: int = 8
+    prefill: str = "dense"
+    prefill_mass: float = 0.95
     compile: bool = False
     offload: bool = False
     hot_tokens: int | None = None
@@ -103,6 +111,8 @@ class FierConfig:
                 "or recent"
             )
         _check_choice("index", self.index, INDEXES)
+        _check_choice("prefill", self.prefill, PREFILLS)
+        _check_share("prefill_mass", self.prefill_mass)
         allowed_bits = (1, 2) if self.index == "rotated" else (1,)
         if self.bits not in allowed_bits:
             raise ConfigError(
@@ -219,6 +229,13 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
     if value > _MOST:
         raise ConfigError(f"{name}={value} is too large: operators take 64 bits, at most {_MOST}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name}={value} is out of range: it must be above 0 and at most 1")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

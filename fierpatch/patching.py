@@ -245,7 +245,7 @@ class Handle:
         # transformers reads meaning into names with "flash" or "/" in them.
         safe = base.replace("flash_attention_", "fa")
         self._name = f"fier|{safe}|{uuid4().hex[:12]}"
-        attention.register(self._name, base, self.config.max_query_length)
+        attention.register(self._name, base, self.config)
         # A model deleted while patched must not leave its functions in the registries, nor its
         # keys and values with whoever keeps the handle.
         self._clear = weakref.finalize(self.model, _clear, self._name, self._pool, self._memory)
