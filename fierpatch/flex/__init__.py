@@ -1,8 +1,23 @@
-"""FlexAttention: block masks from the index, and attention under them."""
+"""FlexAttention: masks by name, block masks from a selection, decode and prefill over both."""
 
 from __future__ import annotations
 
+from fierpatch.flex.block_mask import (
+    BLOCK_SIZES,
+    SelectionMask,
+    block_mask_of,
+    ordered_blocks,
+)
 from fierpatch.flex.blocks import Span
+from fierpatch.flex.masks import (
+    MaskMod,
+    QueryLayout,
+    causal_mask_mod,
+    padding_mask_mod,
+    selected_blocks_mask_mod,
+    selected_mask_mod,
+    sinks_and_recent_mask_mod,
+)
 from fierpatch.flex.prefill import (
     BlockObserver,
     PrefillSettings,
@@ -10,4 +25,21 @@ from fierpatch.flex.prefill import (
     sparse_attention,
 )
 
-__all__ = ["BlockObserver", "PrefillSettings", "Span", "estimated_keys", "sparse_attention"]
+__all__ = [
+    "BLOCK_SIZES",
+    "BlockObserver",
+    "MaskMod",
+    "PrefillSettings",
+    "QueryLayout",
+    "SelectionMask",
+    "Span",
+    "block_mask_of",
+    "causal_mask_mod",
+    "estimated_keys",
+    "ordered_blocks",
+    "padding_mask_mod",
+    "selected_blocks_mask_mod",
+    "selected_mask_mod",
+    "sinks_and_recent_mask_mod",
+    "sparse_attention",
+]
