@@ -13,7 +13,13 @@ from fierpatch.cache.facts import Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.errors import NotYetSupportedError
-from fierpatch.flex import BlockObserver, PrefillSettings, estimated_keys, sparse_attention
+from fierpatch.flex import (
+    BlockObserver,
+    Operands,
+    PrefillSettings,
+    estimated_keys,
+    sparse_attention,
+)
 from fierpatch.hot_set import HotSet
 
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
@@ -193,11 +199,12 @@ class LayerCache(LayerBuffers):
         config = self.config
         estimates = estimated_keys(self.index, self.state, keys.shape[2], query.dtype)
         return sparse_attention(
-            query, keys, values, estimates,
+            Operands(query, keys, values, scale, softcap, sink_logits, visible),
+            estimates,
             PrefillSettings(config.prefill_mass, config.budget, config.sinks, config.recent),
-            scale=scale, softcap=softcap, sink_logits=sink_logits, visible=visible,
+            backend=self.operators.name,
             observer=self.block_observer,
-        )  # fmt: skip
+        )
 
     def prefetch(self, query: Tensor) -> None:
         """Fetch what the next step will probably select; no result depends on it.

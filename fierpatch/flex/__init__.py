@@ -24,11 +24,13 @@ from fierpatch.flex.prefill import (
     estimated_keys,
     sparse_attention,
 )
+from fierpatch.flex.span_attention import Operands
 
 __all__ = [
     "BLOCK_SIZES",
     "BlockObserver",
     "MaskMod",
+    "Operands",
     "PrefillSettings",
     "QueryLayout",
     "SelectionMask",

@@ -20,11 +20,15 @@ from fierpatch.flex.blocks import (
     rows_visible,
     sampled_masses,
 )
+from fierpatch.flex.span_attention import (
+    ELEMENTS_AT_ONCE,
+    Operands,
+    attend_flex,
+    attend_reference,
+)
 from fierpatch.index import KeyIndex
 from fierpatch.index.packing import TILE_SIZE, num_tiles
-from fierpatch.reference import masked_attention
 
-_ELEMENTS_AT_ONCE = 1 << 26  # of the largest temporary: 256 MiB of float32
 _TILES_AT_ONCE = 16  # of the index, turned back into keys together
 
 
@@ -49,69 +53,83 @@ BlockObserver = Callable[[Span, Tensor], None]
 
 
 def sparse_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    operands: Operands,
     estimates: Tensor,
     settings: PrefillSettings,
     *,
-    scale: float,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
-    visible: Tensor | None = None,
+    backend: str = "reference",
     observer: BlockObserver | None = None,
 ) -> Tensor:
     """Causal attention of the newest tokens over the key blocks chosen for them.
 
-    Spans of query blocks, one after the other: choose by `estimates`, then attend. So that no
-    temporary has more than 2^26 elements, a span is as long as that allows; one block of queries is
-    the least, whose sampled scores are ``8 B Hq S`` elements.
+    Spans of query blocks, one after the other: choose by `estimates`, then attend. A span is as
+    long as it can be without a temporary of more than 2^26 elements; one block of queries is the
+    least. Per block these are its sampled scores, ``8 B Hq S``, in the reference, and in kernels
+    the masses of blocks alone, ``8 B Hq S / 64``.
 
     Args:
-        query: ``[B, Hq, T, D]``, the newest T of S tokens.
-        keys, values: ``[B, H, S, D]``, ``[B, H, S, Dv]``.
+        operands: queries, keys, values and what becomes of their products.
         estimates: ``[B, H, S, D]``, what stands for the keys when blocks are chosen.
         settings: how many are chosen.
-        scale, softcap, sink_logits: as in `fierpatch.select.attention_weights`.
-        visible: bool ``[B, 1, T or 1, S]``, beside causality; None means every token.
+        backend: ``"reference"``, or ``"triton"``: a kernel that weighs blocks, and FlexAttention,
+            compiled. The reference visits all blocks and masks what was not chosen.
         observer: is told of each span's choice.
 
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype; 0 for a query that sees nothing.
     """
+    query, values = operands.query, operands.values
     batch_size, num_query_heads, num_queries, _ = query.shape
-    length = keys.shape[2]
+    length = operands.keys.shape[2]
+    is_reference = backend == "reference"
     output = query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
     num_blocks = -(-num_queries // QUERY_BLOCK)
-    at_once = max(_ELEMENTS_AT_ONCE // (batch_size * num_query_heads * SAMPLES * length), 1)
+    size = batch_size * num_query_heads * SAMPLES
+    size *= length if is_reference else -(-length // KEY_BLOCK)
+    at_once = max(ELEMENTS_AT_ONCE // size, 1)
     for first in range(0, num_blocks, at_once):
         last = min(first + at_once, num_blocks)
         span = Span(num_queries, length, first, last, query.device)
-        chosen = chosen_blocks(
-            query, estimates, span, settings, scale=scale, softcap=softcap, visible=visible
-        )
+        chosen = chosen_blocks(operands, estimates, span, settings, backend=backend)
         if observer is not None:
             observer(span, chosen)
-        _attend_reference(
-            query, keys, values, chosen, span, output, scale, softcap, sink_logits, visible
-        )
+        attend = attend_reference if is_reference else attend_flex
+        output[:, span.rows] = attend(operands, span, chosen).transpose(1, 2)
     return output
 
 
 def chosen_blocks(
-    query: Tensor,
+    operands: Operands,
     estimates: Tensor,
     span: Span,
     settings: PrefillSettings,
     *,
-    scale: float,
-    softcap: float = 0.0,
-    visible: Tensor | None = None,
+    backend: str = "reference",
 ) -> Tensor:
-    """The key blocks that each block of queries of a span attends: bool ``[B, Hq, n, m]``."""
-    log_masses = sampled_masses(
-        query, estimates, span, scale=scale, softcap=softcap, visible=visible
-    )
+    """The key blocks that each block of queries of a span attends: bool ``[B, Hq, n, m]``.
+
+    Arguments as in `sparse_attention`.
+    """
+    visible = operands.visible
+    if backend == "reference":
+        log_masses = sampled_masses(
+            operands.query, estimates, span,
+            scale=operands.scale, softcap=operands.softcap, visible=visible,
+        )  # fmt: skip
+    else:
+        # Not before it is needed: this imports triton.
+        from fierpatch.kernels.block_masses import block_masses
+        from fierpatch.kernels.logits import Logits
+
+        samples = span.samples
+        log_masses = block_masses(
+            operands.query[:, :, samples],
+            estimates,
+            span.stored + samples,
+            Logits(operands.scale, operands.softcap),
+            None if visible is None else rows_visible(visible, samples),
+            key_block=KEY_BLOCK,
+        )
     return choose_blocks(
         pooled_shares(log_masses),
         candidate_blocks(span, visible),
@@ -134,34 +152,3 @@ def estimated_keys(index: KeyIndex, state: list[Tensor], length: int, dtype: tor
         stop = min(start + _TILES_AT_ONCE * TILE_SIZE, length)
         keys[:, :, start:stop] = index.dequantize(part, stop - start)
     return keys
-
-
-def _attend_reference(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chosen: Tensor,
-    span: Span,
-    output: Tensor,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-    visible: Tensor | None,
-) -> None:
-    """Dense attention under the mask, a few queries at a time, over what comes before them."""
-    rows_at_once = max(_ELEMENTS_AT_ONCE // (query.shape[0] * query.shape[1] * span.length), 1)
-    for start in range(span.rows.start, span.rows.stop, rows_at_once):
-        rows = slice(start, min(start + rows_at_once, span.rows.stop))
-        stop = span.stored + rows.stop  # nothing behind it is visible
-        row = torch.arange(rows.start, rows.stop, device=span.device)
-        token = torch.arange(stop, device=span.device)
-        blocks = chosen[:, :, row // QUERY_BLOCK - span.first]
-        allowed = blocks.repeat_interleave(KEY_BLOCK, 3)[..., :stop]
-        allowed = allowed & (token <= span.stored + row[:, None])
-        if visible is not None:
-            allowed = allowed & rows_visible(visible, rows)[..., :stop]
-        attended = masked_attention(
-            query[:, :, rows], keys[:, :, :stop], values[:, :, :stop], allowed,
-            scale=scale, softcap=softcap, sink_logits=sink_logits,
-        )  # fmt: skip
-        output[:, rows] = attended.transpose(1, 2)
