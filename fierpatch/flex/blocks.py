@@ -139,17 +139,16 @@ def candidate_blocks(span: Span, visible: Tensor | None = None) -> Tensor:
         bool ``[B or 1, 1, blocks, key blocks]``.
     """
     _, high = span.bounds
-    start = torch.arange(span.num_key_blocks, device=span.device) * KEY_BLOCK
-    reached = (start <= high[:, None])[None, None]
     if visible is None:
-        return reached
+        start = torch.arange(span.num_key_blocks, device=span.device) * KEY_BLOCK
+        return (start <= high[:, None])[None, None]
     seen = visible
     if visible.shape[2] > 1:
         rows = visible[:, :, span.rows]
         rows = pad(rows, (0, 0, 0, span.num_blocks * QUERY_BLOCK - rows.shape[2]))
         seen = rows.unflatten(2, (span.num_blocks, QUERY_BLOCK)).any(3)
-    seen = pad(seen, (0, -span.length % KEY_BLOCK)).unflatten(3, (-1, KEY_BLOCK)).any(4)
-    return reached & seen
+    token = torch.arange(span.length, device=span.device)
+    return _any_of_block(seen & (token <= high[:, None]))
 
 
 def whole_blocks(span: Span, visible: Tensor | None = None) -> Tensor:
@@ -181,8 +180,7 @@ def kept_blocks(span: Span, *, sinks: int, recent: int, visible: Tensor | None =
         return (band | (start < sinks))[None, None]
     last = visible[:, :, -1:]
     is_sink = last & (last.cumsum(3) <= sinks)
-    is_sink = pad(is_sink, (0, -span.length % KEY_BLOCK)).unflatten(3, (-1, KEY_BLOCK)).any(4)
-    return is_sink | band[None, None]
+    return _any_of_block(is_sink) | band[None, None]
 
 
 def choose_blocks(
@@ -212,3 +210,9 @@ def choose_blocks(
     is_chosen = (before < mass * held[..., -1:]) | (rank < minimum)
     chosen = torch.zeros_like(kept).scatter(-1, order, is_chosen)
     return (chosen | kept) & candidates
+
+
+def _any_of_block(is_token: Tensor) -> Tensor:
+    """Bool ``[..., S]`` to ``[..., key blocks]``: whether any token of the block is one."""
+    padded = pad(is_token, (0, -is_token.shape[-1] % KEY_BLOCK))
+    return padded.unflatten(-1, (-1, KEY_BLOCK)).any(-1)

@@ -63,9 +63,9 @@ def sparse_attention(
     """Causal attention of the newest tokens over the key blocks chosen for them.
 
     Spans of query blocks, one after the other: choose by `estimates`, then attend. A span is as
-    long as it can be without a temporary of more than 2^26 elements; one block of queries is the
-    least. Per block these are its sampled scores, ``8 B Hq S``, in the reference, and in kernels
-    the masses of blocks alone, ``8 B Hq S / 64``.
+    long as it can be without a temporary of more than 2^22 elements (reference) or 2^26 (kernels);
+    one block of queries is the least. A block has ``8 B Hq S`` sampled scores in the reference, and
+    with kernels, which keep scores to themselves, ``8 B Hq S / 64`` masses of key blocks.
 
     Args:
         operands: queries, keys, values and what becomes of their products.
@@ -86,7 +86,7 @@ def sparse_attention(
     num_blocks = -(-num_queries // QUERY_BLOCK)
     size = batch_size * num_query_heads * SAMPLES
     size *= length if is_reference else -(-length // KEY_BLOCK)
-    at_once = max(ELEMENTS_AT_ONCE // size, 1)
+    at_once = max(ELEMENTS_AT_ONCE[backend] // size, 1)
     for first in range(0, num_blocks, at_once):
         last = min(first + at_once, num_blocks)
         span = Span(num_queries, length, first, last, query.device)

@@ -1,4 +1,4 @@
-"""Attention of one span of a prompt under its choice of blocks: the specification, and the kernel."""
+"""Attention of one span of a prompt under its choice of blocks: specification and kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from fierpatch.flex.masks import (
 )
 from fierpatch.reference import masked_attention
 
-ELEMENTS_AT_ONCE = 1 << 26  # of the largest temporary: 256 MiB of float32
+# Of the largest temporary. In the reference so few that the memory is used again, which a CPU would
+# otherwise map anew each time: it took half of the time.
+ELEMENTS_AT_ONCE = {"reference": 1 << 22, "triton": 1 << 26}
 
 # Kernels of one process: dtypes, head sizes, masks and caps, each for a fixed and for any length.
 _MOST_KERNELS = 64
@@ -62,7 +64,8 @@ def attend_reference(operands: Operands, span: Span, chosen: Tensor) -> Tensor:
         ``[B, Hq, queries of the span, Dv]``; 0 for a query that sees nothing.
     """
     query, visible = operands.query, operands.visible
-    rows_at_once = max(ELEMENTS_AT_ONCE // (query.shape[0] * query.shape[1] * span.length), 1)
+    row_size = query.shape[0] * query.shape[1] * span.length
+    rows_at_once = max(ELEMENTS_AT_ONCE["reference"] // row_size, 1)
     outputs = []
     for start in range(span.rows.start, span.rows.stop, rows_at_once):
         rows = slice(start, min(start + rows_at_once, span.rows.stop))

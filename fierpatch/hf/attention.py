@@ -61,10 +61,8 @@ def _make_attention(base: str, settings: FierConfig) -> Attention:
             _check_bias(module, kwargs)
             visible = to_visible(attention_mask, module, query.shape[2])
             layer.index_prompt(query, key)
-            output = layer.attend_prompt(
-                query, key, value, visible=visible, **_logit_arguments(base, query, scaling, kwargs)
-            )
-            return output, None
+            logit_arguments = _logit_arguments(base, query, scaling, kwargs)
+            return layer.attend_prompt(query, key, value, visible=visible, **logit_arguments), None
         if layer is not None and is_short:
             if not layer.is_dense:
                 _check_retrievable(module, attention_mask, kwargs)
