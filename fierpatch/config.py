@@ -14,6 +14,7 @@ from fierpatch.errors import ConfigError, NotYetSupportedError
 INDEXES = ("rotated", "fier")
 BACKENDS = ("auto", "triton", "reference")
 PREFILLS = ("dense", "sparse")
+PREFILL_SCORES = ("index", "keys")
 PLANNED_BACKENDS = ("flex",)
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
 REFINE_BITS = (2, 3, 4)  # those of the index's own, which this module cannot import: it loads torch
@@ -50,6 +51,8 @@ class FierConfig:
             index sees it, beside sinks and recents. Layers without an index stay dense.
         prefill_mass: the part of the estimated weight that sparse prefill holds for every query
             head, above 0 and up to 1. At least `budget` tokens are attended in any case.
+        prefill_scores: what sparse prefill weighs blocks by: ``"index"``, or ``"keys"``, the keys
+            themselves, which are at hand and hold more of the weight.
         compile: build static caches, so that decode compiles into one graph.
             ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
         offload: keep K and V in pinned host memory, but for those of the dense layers; the index
@@ -81,6 +84,7 @@ class FierConfig:
     max_query_length: int = 8
     prefill: str = "dense"
     prefill_mass: float = 0.95
+    prefill_scores: str = "index"
     compile: bool = False
     offload: bool = False
     hot_tokens: int | None = None
@@ -112,6 +116,7 @@ class FierConfig:
             )
         _check_choice("index", self.index, INDEXES)
         _check_choice("prefill", self.prefill, PREFILLS)
+        _check_choice("prefill_scores", self.prefill_scores, PREFILL_SCORES)
         _check_share("prefill_mass", self.prefill_mass)
         allowed_bits = (1, 2) if self.index == "rotated" else (1,)
         if self.bits not in allowed_bits:

@@ -197,7 +197,9 @@ class LayerCache(LayerBuffers):
                 'grows, or prefill="dense"'
             )
         config = self.config
-        estimates = estimated_keys(self.index, self.state, keys.shape[2], query.dtype)
+        estimates = keys
+        if config.prefill_scores == "index":
+            estimates = estimated_keys(self.index, self.state, keys.shape[2], query.dtype)
         return sparse_attention(
             Operands(query, keys, values, scale, softcap, sink_logits, visible),
             estimates,

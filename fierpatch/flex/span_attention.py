@@ -87,8 +87,9 @@ def attend_reference(operands: Operands, span: Span, chosen: Tensor) -> Tensor:
 def attend_flex(operands: Operands, span: Span, chosen: Tensor) -> Tensor:
     """The same by FlexAttention, compiled: on a GPU in time that goes by the density.
 
-    Blocks that every query sees whole are not asked about token by token. On a CPU the kernel
-    visits every block, and cannot return what a model with attention sinks needs.
+    Blocks that every query sees whole are not asked about token by token. A CPU is left to the
+    reference: there the kernel visits every block too, returns no log-sum-exp, which attention
+    sinks need, and does not compile for lengths that vary (PyTorch 2.13).
     """
     query = operands.query[:, :, span.rows]
     options: dict[str, Any] = {"kernel_options": _KERNEL_OPTIONS} if query.is_cuda else {}

@@ -16,7 +16,7 @@ from fierpatch.flex import Span
 from fierpatch.hf.attention import to_visible
 from hf.agreement import RECORD, assert_agrees
 from hf.models import FAMILIES_AND_BASES, left_padded, prompt, tiny_model
-from hf.test_generate import MODES, converse, generate
+from hf.test_generate import MODES, converse, default_cache, generate
 
 # Compiled, a prompt has no length that the host knows.
 EAGER_MODES = [mode for mode in MODES if mode != "static cache, prefill in chunks"]
@@ -41,7 +41,7 @@ def test_with_a_mass_of_1_every_mode_of_generate_agrees(mode: str) -> None:
 
 
 def test_with_a_mass_of_1_turns_of_a_conversation_agree() -> None:
-    assert_agrees(lambda: tiny_model("qwen3"), converse, **EVERYTHING)
+    assert_agrees(lambda: tiny_model("qwen3"), converse(default_cache), **EVERYTHING)
 
 
 def density(model: PreTrainedModel, ids: Tensor, settings: FierConfig) -> tuple[Tensor, set[int]]:
@@ -74,6 +74,16 @@ def test_offload_changes_nothing_of_a_sparse_prefill() -> None:
     resident, _ = density(model, ids, FEW)
     offloaded, _ = density(model, ids, FEW.replace(offload=True))
     assert torch.equal(resident, offloaded)
+
+
+def test_blocks_may_be_chosen_by_the_keys_themselves() -> None:
+    model, ids = tiny_model("llama"), prompt(1500)
+    dense, _ = density(model, ids, FEW.replace(prefill="dense"))
+    settings = FEW.replace(prefill_mass=0.9)
+    by_keys, _ = density(model, ids, settings.replace(prefill_scores="keys"))
+    by_index, _ = density(model, ids, settings)
+    assert not torch.equal(by_keys, by_index)
+    assert not torch.equal(by_keys, dense)
 
 
 def test_a_second_prompt_chooses_among_the_tokens_of_the_first_too() -> None:
@@ -109,8 +119,9 @@ def test_a_compiled_prompt_is_refused() -> None:
 
 def test_weights_of_every_token_are_refused() -> None:
     model = tiny_model("llama", "eager")
+    options = {"output_attentions": True, "return_dict_in_generate": True}
     with fierpatch.apply(model, FEW), pytest.raises(ConfigError, match="output_attentions"):
-        model(prompt(300), output_attentions=True)
+        model.generate(prompt(300), max_new_tokens=3, **options)
 
 
 def test_masks_become_boolean() -> None:
