@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,22 +80,33 @@ def sparse_attention(
     """
     query, values = operands.query, operands.values
     batch_size, num_query_heads, num_queries, _ = query.shape
-    length = operands.keys.shape[2]
-    is_reference = backend == "reference"
     output = query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
+    attend = attend_reference if backend == "reference" else attend_flex
+    for span, chosen in chosen_spans(operands, estimates, settings, backend=backend):
+        if observer is not None:
+            observer(span, chosen)
+        output[:, span.rows] = attend(operands, span, chosen).transpose(1, 2)
+    return output
+
+
+def chosen_spans(
+    operands: Operands,
+    estimates: Tensor,
+    settings: PrefillSettings,
+    *,
+    backend: str = "reference",
+) -> Iterator[tuple[Span, Tensor]]:
+    """The spans of a prompt and what `chosen_blocks` gives each; see `sparse_attention`."""
+    batch_size, num_query_heads, num_queries, _ = operands.query.shape
+    length = operands.keys.shape[2]
     num_blocks = -(-num_queries // QUERY_BLOCK)
     size = batch_size * num_query_heads * SAMPLES
-    size *= length if is_reference else -(-length // KEY_BLOCK)
+    size *= length if backend == "reference" else -(-length // KEY_BLOCK)
     at_once = max(ELEMENTS_AT_ONCE[backend] // size, 1)
     for first in range(0, num_blocks, at_once):
         last = min(first + at_once, num_blocks)
-        span = Span(num_queries, length, first, last, query.device)
-        chosen = chosen_blocks(operands, estimates, span, settings, backend=backend)
-        if observer is not None:
-            observer(span, chosen)
-        attend = attend_reference if is_reference else attend_flex
-        output[:, span.rows] = attend(operands, span, chosen).transpose(1, 2)
-    return output
+        span = Span(num_queries, length, first, last, operands.query.device)
+        yield span, chosen_blocks(operands, estimates, span, settings, backend=backend)
 
 
 def chosen_blocks(

@@ -87,7 +87,8 @@ def block_masses_kernel(
         most = tl.max(logits, axis=1)
         base = tl.where(most > float("-inf"), most, 0.0)
         total = tl.sum(tl.exp2(logits - base[:, None]), axis=1)
-        mass = tl.where(total > 0, (base + tl.log2(total)) / LOG2_E, float("-inf"))
+        logarithm = base + tl.log2(tl.where(total > 0, total, 1.0))
+        mass = tl.where(total > 0, logarithm / LOG2_E, float("-inf"))
         masses = tl.where(column[None, :] == block - first_block, mass[:, None], masses)
     written = first_block + column
     address = output_ptr + (head * num_rows + row[:, None]) * num_blocks + written[None, :]
@@ -140,7 +141,9 @@ def block_masses(
 
 def _block_m(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of a program, whose query it holds: fewer where they are wide."""
-    return 128 if dtype.itemsize * head_dim <= 256 else 64
+    if dtype == torch.float32:
+        return 32
+    return 128 if head_dim <= 128 else 64
 
 
 @cache
@@ -153,6 +156,7 @@ def masses_specialization(
     has_cap: bool,
 ) -> Specialization:
     """Of `block_masses_kernel`."""
+    is_float32 = dtype == torch.float32
     constants = {
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
@@ -162,6 +166,9 @@ def masses_specialization(
         "BLOCKS": _BLOCKS_AT_ONCE,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if is_float32 else "tf32",
     }
-    return Specialization(block_masses_kernel, constants, num_warps=8, num_stages=3)
+    num_warps, num_stages = (4, 2) if is_float32 else (8, 3)
+    return Specialization(
+        block_masses_kernel, constants, num_warps=num_warps, num_stages=num_stages
+    )
