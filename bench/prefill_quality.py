@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fierpatch.flex import Span
 from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK
 from fierpatch.hf.checkpoints import load
 
-COLUMNS = ["prefill_mass", "density", "mass", "mass_p5", "perplexity", "over_dense", "kl"]
+COLUMNS = ["scores", "prefill_mass", "density", "mass", "mass_p5", "perplexity", "over_dense", "kl"]
 COLUMNS += ["copy_perplexity", "copy_over_dense", "copy_kl", "found", "of"]
 ROWS_AT_ONCE = 512
 
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--mass", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    parser.add_argument("--scores", nargs="+", choices=("index", "keys"), default=["index", "keys"])
     parser.add_argument("--budget", type=int, default=128, help="tokens attended at least")
     parser.add_argument("--dense-layers", type=int, default=2)
     parser.add_argument("--no-passkey", action="store_true", help="perplexities alone")
@@ -51,15 +53,17 @@ def main(arguments: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     base: list[Tensor] = []
     texts = prompts(tokenizer, options.tokens, model.device)
-    for mass in [None, *options.mass]:
+    for scores, mass in [("", None), *product(options.scores, options.mass)]:
         settings = FierConfig(
             budget=options.budget,
             dense_layers=options.dense_layers,
             prefill="dense" if mass is None else "sparse",
             prefill_mass=mass or 1.0,
+            prefill_scores=scores or "index",
             **index_settings(options),
         )
-        row: dict[str, Any] = {"prefill_mass": mass, **measure(model, texts, settings, base)}
+        row: dict[str, Any] = {"scores": scores, "prefill_mass": mass}
+        row |= measure(model, texts, settings, base)
         if not options.no_passkey:
             row |= passkeys(model, tokenizer, settings, options.tokens)
         row |= {"budget": options.budget, "tokens": options.tokens, **index_settings(options)}
