@@ -61,7 +61,6 @@ def main(arguments: list[str]) -> None:
         help="batch x context; 1x1048576 for a million tokens",
     )
     parser.add_argument("--crossover", action="store_true", help="2K to 32K, and where we are even")
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles slowly")
     parser.add_argument("--budget", type=int, default=1024)
     add_index(parser)
     parser.add_argument("--backend", help="triton, or auto on a CPU")
@@ -83,7 +82,7 @@ def main(arguments: list[str]) -> None:
     for batch, context in sizes:
         case = Case(batch, context, device=options.device)
         with torch.no_grad():
-            measured = measure(case, settings, bandwidth, options.repeats, with_flex=options.flex)
+            measured = measure(case, settings, bandwidth, options.repeats)
         print(table(measured, ["what", "batch", "context", "us", "us_p20", "us_p80", "ratio"]))
         for row in measured:
             if "reason" in row:
@@ -102,7 +101,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-    case: Case, settings: FierConfig, bandwidth: float, repeats: int, *, with_flex: bool = False
+    case: Case, settings: FierConfig, bandwidth: float, repeats: int
 ) -> list[dict[str, Any]]:
     """Rows of one case; `bandwidth` in bytes a second."""
     torch.manual_seed(0)
@@ -119,7 +118,7 @@ def measure(
             for name, function in functions.items()
         ]
 
-    dense_rows = clock(dense(query, keys, values, with_flex=with_flex))
+    dense_rows = clock(dense(query, keys, values))
     rows += dense_rows + clock(pieces(keys, values, min(settings.budget, case.context)))
     try:
         layer = filled_layer(case, settings, keys, values)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 Function = Callable[[], object]
 
-# Explicit, because the defaults are poor on an H100 and another backend would be a silent fallback.
-FLEX_OPTIONS = {"BACKEND": "TRITON_DECODE", "num_stages": 3, "num_warps": 4}
 
-
-def dense(query: Tensor, keys: Tensor, values: Tensor, *, with_flex: bool) -> dict[str, Function]:
-    """Dense decode attention of one token, by every way that torch has.
+def dense(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Function]:
+    """Dense decode attention of one token, by torch's own kernels.
 
     Args:
         query: ``[B, Hq, 1, D]``.
         keys: ``[B, H, S, D]``, like `values`.
         values: as `keys`.
-        with_flex: FlexAttention too, which takes long to compile.
     """
 
     def attend() -> Tensor:
@@ -37,23 +31,11 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, *, with_flex: bool) -> di
 
         return attend_by_it
 
-    peers: dict[str, Function] = {
+    return {
         "SDPA": attend,
         "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION),
         "SDPA FlashAttention": by(SDPBackend.FLASH_ATTENTION),
     }
-    if with_flex:
-        peers["FlexAttention"] = _flex(query, keys, values)
-    return peers
-
-
-def _flex(query: Tensor, keys: Tensor, values: Tensor) -> Function:
-    torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
-    compiled = torch.compile(flex_attention, dynamic=False)
-    # The query group becomes the query length; with enable_gqa the kernel is a slower one.
-    folded = query.view(*keys.shape[:2], -1, query.shape[3])  # [B, H, G, D]
-    options: dict[str, Any] = {"kernel_options": FLEX_OPTIONS} if query.is_cuda else {}
-    return lambda: compiled(folded, keys, values, **options)
 
 
 def pieces(keys: Tensor, values: Tensor, budget: int) -> dict[str, Function]:

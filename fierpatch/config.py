@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fierpatch.errors import ConfigError, NotYetSupportedError
+from fierpatch.errors import ConfigError
 
 INDEXES = ("rotated", "fier")
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "reference", "flex")
 PREFILLS = ("dense", "sparse")
 PREFILL_SCORES = ("index", "keys")
-PLANNED_BACKENDS = ("flex",)
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
 REFINE_BITS = (2, 3, 4)  # those of the index's own, which this module cannot import: it loads torch
 _MOST = (1 << 63) - 1
@@ -63,12 +62,13 @@ class FierConfig:
         prefetch: fetch ahead what the next layer will probably select, on a stream of its own; the
             result does not depend on it. For `offload`.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
-            ``"reference"`` (plain PyTorch, anywhere) or ``"auto"``: Triton where it can run.
+            ``"reference"`` (plain PyTorch, anywhere), ``"auto"`` (Triton where it can run), or
+            ``"flex"``: as ``"auto"``, but for the attention, which is FlexAttention's; not with
+            `offload`.
         seed: seed of the rotation's random signs.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type, or two values contradict.
-        NotYetSupportedError: a value is planned but not available in this version.
     """
 
     budget: int = 1024
@@ -165,12 +165,13 @@ class FierConfig:
                 "prefetch=True fetches K and V from the host, where offload=False keeps none: set "
                 "offload=True too, or prefetch=False"
             )
-        if self.backend in PLANNED_BACKENDS:
-            raise NotYetSupportedError(
-                f'backend="{self.backend}" is planned but not available in this version: use '
-                '"auto", "triton" or "reference"'
-            )
         _check_choice("backend", self.backend, BACKENDS)
+        if self.offload and self.backend == "flex":
+            raise ConfigError(
+                'backend="flex" reads K and V on the device, and offload=True (or an offloaded '
+                'cache_implementation) keeps them on the host: use backend="auto", or do not '
+                "offload"
+            )
 
     def replace(self, **changes: Any) -> FierConfig:
         """A copy with some fields changed, checked like a new one."""

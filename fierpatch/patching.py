@@ -44,7 +44,6 @@ def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handl
 
     Raises:
         ConfigError: a bad or unknown option.
-        NotYetSupportedError: an option that this version cannot honour, such as ``backend="flex"``.
         ModelError: the model cannot be patched.
 
     Example:

@@ -14,11 +14,13 @@ from transformers import StaticCache
 import fierpatch
 from fierpatch import FierConfig
 from fierpatch.patching import current_handle
+from fierpatch.reference import gather_attention
 
 pytest.importorskip("bench", reason="the benches are in the checkout alone: python -m pytest")
 
 from bench import (
     decode,
+    flex,
     flex_prefill,
     generate,
     offload,
@@ -121,7 +123,7 @@ def test_a_layer_that_cannot_be_built_costs_no_peer_its_row(
 
 def test_the_dense_peers_compute_the_same() -> None:
     query, keys, values = CASE.random(4, 1), CASE.random(2, 600), CASE.random(2, 600)
-    peers = dense(query, keys, values, with_flex=False)
+    peers = dense(query, keys, values)
     exact = peers["SDPA"]()
     assert isinstance(exact, torch.Tensor)
     torch.testing.assert_close(peers["SDPA FlashAttention"](), exact)
@@ -430,3 +432,34 @@ def test_density_and_mass_of_everything_are_1(model: Any) -> None:
     assert few["density"] < 1
     assert few["mass"] < 1
     assert few["kl"] > 0
+
+
+def test_flex_attention_is_measured_part_by_part_for_both_kinds_of_selection() -> None:
+    rows = flex.measure(CASE, 128, [16], repeats=1, with_dense=False)
+    by_name = {(row["what"], row.get("selection")): row for row in rows}
+    check_times(by_name["scores and select", None], "us")
+    for selection in ("random", "runs"):
+        for what in ("mask: update", "mask: attention", "mask: both"):
+            row = by_name[what, selection]
+            check_times(row, "us")
+            # 128 tokens in 8 blocks where they lie side by side, and in up to 38 of 38 elsewhere.
+            assert (row["blocks"] == 8) == (selection == "runs")
+        for what in ("compact: gather", "compact: attention", "compact: both"):
+            check_times(by_name[what, selection], "us")
+    json.dumps(rows)
+
+
+def test_what_flex_attention_is_measured_at_is_the_attention_over_its_selection() -> None:
+    query, keys, values = CASE.random(4, 1), CASE.random(2, 600), CASE.random(2, 600)
+    lists = flex.selected(CASE, 128, in_runs=True)
+    assert lists.shape == (2, 2, 1, 128)
+    expected = gather_attention(query, keys, values, lists, scale=32**-0.5)
+    masked, _ = flex.by_mask(query, keys, values, lists, 16)
+    gathered = flex.by_rows(query, keys, values, lists, 16)
+    for function in (masked["mask: attention"], gathered["compact: attention"]):
+        output, _ = function()
+        torch.testing.assert_close(output.view_as(expected), expected)
+    every = flex.selected(CASE, 600, in_runs=False)
+    dense_expected = gather_attention(query, keys, values, every, scale=32**-0.5)
+    output = flex.dense_flex(query, keys, values)()
+    torch.testing.assert_close(output.view_as(dense_expected), dense_expected)

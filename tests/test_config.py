@@ -36,7 +36,9 @@ def configs(draw: st.DrawFn) -> FierConfig:
     has_codes = not refine or (index, bits) == ("rotated", 1)
     refine_bits = draw(st.sampled_from((2, 3, 4, "exact") if has_codes else ("exact",)))
     budget = sinks + recent + draw(st.integers(0, 10**6))
-    offload = draw(st.booleans()) and not (refine and refine_bits == "exact")
+    backend = draw(st.sampled_from(("auto", "triton", "reference", "flex")))
+    is_offloadable = backend != "flex" and not (refine and refine_bits == "exact")
+    offload = draw(st.booleans()) and is_offloadable
     return FierConfig(
         budget=budget,
         sinks=sinks,
@@ -56,7 +58,7 @@ def configs(draw: st.DrawFn) -> FierConfig:
         offload=offload,
         hot_tokens=draw(st.none() | st.integers(budget, 3 * budget)),
         prefetch=offload and draw(st.booleans()),
-        backend=draw(st.sampled_from(("auto", "triton", "reference"))),
+        backend=backend,
         seed=draw(st.integers(0, 2**40)),
     )
 
@@ -177,6 +179,7 @@ def test_a_group_is_at_least_a_plane(group_size: int) -> None:
         ({"prefetch": True}, ["prefetch=True", "offload=True"]),
         ({"index": "rotate"}, ["index", "did you mean 'rotated'?"]),
         ({"backend": "referense"}, ["backend", "did you mean 'reference'?"]),
+        ({"backend": "flex", "offload": True}, ['backend="flex"', "offload=True", '"auto"']),
     ],
 )
 def test_the_message_names_the_setting_and_the_remedy(
@@ -186,17 +189,6 @@ def test_the_message_names_the_setting_and_the_remedy(
         FierConfig(**settings)
     for name in names:
         assert name in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"backend": "flex"}, 'backend="flex"'),
-    ],
-)
-def test_what_is_planned_is_refused_for_now(settings: dict[str, Any], name: str) -> None:
-    with pytest.raises(NotYetSupportedError, match=name):
-        FierConfig(**settings)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,14 +14,11 @@ from fierpatch.cache.facts import Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.errors import NotYetSupportedError
-from fierpatch.flex import (
-    BlockObserver,
-    Operands,
-    PrefillSettings,
-    estimated_keys,
-    sparse_attention,
-)
 from fierpatch.hot_set import HotSet
+from fierpatch.ops.operators import choose_backend
+
+if TYPE_CHECKING:
+    from fierpatch.flex import BlockObserver
 
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
 
@@ -196,7 +194,12 @@ class LayerCache(LayerBuffers):
                 "prefill_chunk_size of generate does over a static cache): use a cache that "
                 'grows, or prefill="dense"'
             )
+        # Not before it is needed: this imports PyTorch's compiler.
+        from fierpatch.flex import Operands, PrefillSettings, estimated_keys, sparse_attention
+
         config = self.config
+        is_cuda = keys.device.type == "cuda"
+        backend = choose_backend(config, keys, values) if is_cuda else "reference"
         estimates = keys
         if config.prefill_scores == "index":
             estimates = estimated_keys(self.index, self.state, keys.shape[2], query.dtype)
@@ -204,7 +207,7 @@ class LayerCache(LayerBuffers):
             Operands(query, keys, values, scale, softcap, sink_logits, visible),
             estimates,
             PrefillSettings(config.prefill_mass, config.budget, config.sinks, config.recent),
-            backend=self.operators.name,
+            backend=backend,
             observer=self.block_observer,
         )
 

@@ -49,6 +49,15 @@ class Shared:
         Raises:
             BackendError: the backend asked for cannot run on them.
         """
+        if config.backend != "flex":
+            return self._own_operators(config, key, value)
+        # Not before it is needed: this imports PyTorch's compiler.
+        from fierpatch.flex import FlexOperators, check_layer
+
+        check_layer(key, value, is_compiled=config.compile)
+        return FlexOperators(config, self._own_operators(config, key, value))
+
+    def _own_operators(self, config: FierConfig, key: Tensor, value: Tensor) -> Operators:
         if choose_backend(config, key, value) == "reference":
             return ReferenceOperators(config)
         # Not before it is needed: this imports triton.

@@ -142,6 +142,34 @@ class KernelOperators:
         """See `Operators`."""
         appending.index_range(self.index, keys, state, start, stop)
 
+    def retrieve(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        """See `Operators`."""
+        config = self.config
+        candidate_keys = rows[0] if config.refines_by_keys else None
+        if torch.compiler.is_compiling():
+            return torch.ops.fierpatch.triton_retrieve.default(
+                query, state, counters, visible, sink_logits,
+                *index_arguments(self.config), config.budget, config.sinks, config.recent,
+                config.per_query_head, scale, softcap, config.refine, candidate_keys,
+            )  # fmt: skip
+        shape = self._shape_of(query, state[0])
+        scratch = self.workspace.scratch_of(shape, query.device)
+        return retrieve.retrieve(
+            shape, scratch, query, state, counters, Logits(scale, softcap), visible,
+            sinks=config.sinks, recent=config.recent, sink_logits=sink_logits,
+            keys=candidate_keys,
+        )  # fmt: skip
+
     def attend(
         self,
         query: Tensor,
@@ -155,14 +183,10 @@ class KernelOperators:
         hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
-        config = self.config
-        candidate_keys = rows[0] if config.refines_by_keys else None
+        token_indices = self.retrieve(
+            query, rows, state, counters, visible, sink_logits, scale, softcap
+        )
         if torch.compiler.is_compiling():
-            token_indices = torch.ops.fierpatch.triton_retrieve.default(
-                query, state, counters, visible, sink_logits,
-                *index_arguments(self.config), config.budget, config.sinks, config.recent,
-                config.per_query_head, scale, softcap, config.refine, candidate_keys,
-            )  # fmt: skip
             rest = (token_indices, counters, self.arrivals, sink_logits, scale, softcap)
             if hot is None:
                 output = torch.ops.fierpatch.triton_attend.default(query, rows, *rest)
@@ -171,13 +195,6 @@ class KernelOperators:
                     query, rows[0], hot.tensors, *rest
                 )
             return output, token_indices
-        shape = self._shape_of(query, state[0])
-        scratch = self.workspace.scratch_of(shape, query.device)
-        token_indices = retrieve.retrieve(
-            shape, scratch, query, state, counters, Logits(scale, softcap), visible,
-            sinks=config.sinks, recent=config.recent, sink_logits=sink_logits,
-            keys=candidate_keys,
-        )  # fmt: skip
         placed = None if hot is None else (hot.rows, residency.place(hot, token_indices))
         output = attention.gather_attention(
             query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,

@@ -29,7 +29,7 @@ class Operators(Protocol):
 
     @property
     def name(self) -> str:
-        """The backend: ``"reference"`` or ``"triton"``."""
+        """The backend: ``"reference"``, ``"triton"`` or ``"flex"``."""
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -68,6 +68,19 @@ class Operators(Protocol):
 
     def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
         """Index tokens ``start .. stop`` again."""
+
+    def retrieve(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        """The tokens to attend: integers ``[B, H or Hq, T, K]``, ascending, then -1."""
 
     def attend(
         self,
@@ -164,6 +177,25 @@ class ReferenceOperators:
         """See `Operators`."""
         layer_index(self.config, keys.shape[3]).append(state, keys, start, stop)
 
+    def retrieve(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        """See `Operators`."""
+        config = self.config
+        return torch.ops.fierpatch.retrieve.default(
+            query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
+            config.sinks, config.recent, config.per_query_head, scale, softcap,
+            config.refine, rows[0] if config.refines_by_keys else None,
+        )  # fmt: skip
+
     def attend(
         self,
         query: Tensor,
@@ -177,12 +209,9 @@ class ReferenceOperators:
         hot: HotSet | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Operators`."""
-        config = self.config
-        token_indices = torch.ops.fierpatch.retrieve.default(
-            query, state, counters, visible, sink_logits, *index_arguments(config), config.budget,
-            config.sinks, config.recent, config.per_query_head, scale, softcap,
-            config.refine, rows[0] if config.refines_by_keys else None,
-        )  # fmt: skip
+        token_indices = self.retrieve(
+            query, rows, state, counters, visible, sink_logits, scale, softcap
+        )
         if hot is None:
             output = torch.ops.fierpatch.attend.default(
                 query, rows, token_indices, sink_logits, scale, softcap
@@ -248,7 +277,8 @@ def layer_index(config: FierConfig, head_dim: int) -> KeyIndex:
 def choose_backend(config: FierConfig, key: Tensor, value: Tensor) -> str:
     """Which backend runs a layer with such keys and values: ``"reference"`` or ``"triton"``.
 
-    ``"auto"`` is Triton on a CUDA device where it is installed and has kernels for these keys.
+    ``"auto"`` is Triton on a CUDA device where it is installed and has kernels for these keys, and
+    so is ``"flex"``, of all but the attention.
 
     Raises:
         BackendError: ``"triton"`` was asked for and cannot run.

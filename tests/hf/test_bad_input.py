@@ -188,10 +188,22 @@ def test_a_bad_option_is_named_and_the_patch_that_was_on_stays(
     assert handle is None or handle.is_attached
 
 
-def test_a_planned_option_says_that_it_is_planned() -> None:
+def test_flex_attention_over_keys_on_the_host_is_refused() -> None:
     model = tiny_model("llama")
-    with nothing_changes(model), pytest.raises(NotYetSupportedError):
-        fierpatch.apply(model, backend="flex")
+    refused = pytest.raises(ConfigError, match=r"backend=\"flex\" .*backend=\"auto\"")
+    with nothing_changes(model):
+        with refused:
+            fierpatch.apply(model, backend="flex", offload=True)
+        with fierpatch.apply(model, budget=24, backend="flex"), refused:
+            model.generate(prompt(20), max_new_tokens=4, cache_implementation="offloaded")
+
+
+def test_a_model_that_flex_attention_has_no_kernel_for_is_refused_and_nothing_is_stored() -> None:
+    model = tiny_model("llama").double()
+    with fierpatch.apply(model, budget=24, backend="flex", compile=True) as handle:
+        with pytest.raises(BackendError, match=r"float64.*\"reference\""):
+            model.generate(prompt(20), max_new_tokens=4)
+        assert all(layer.tokens == layer.kv_bytes == 0 for layer in handle.report().layers)
 
 
 @pytest.mark.parametrize("is_installed", [False, True])

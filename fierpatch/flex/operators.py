@@ -1,0 +1,140 @@
+"""The operators of a layer whose attention is FlexAttention's, and all else another backend's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fierpatch.config import FierConfig
+from fierpatch.flex.attention import Mode, selected_attention
+from fierpatch.hot_set import HotSet
+from fierpatch.ops.operators import Operators
+
+
+@dataclass(frozen=True)
+class FlexOperators:
+    """See `fierpatch.ops.operators.Operators`.
+
+    Args:
+        config: the settings of the patch.
+        base: stores, indexes and selects, and attends where a layer is dense.
+        mode: how FlexAttention reads the rows; None means by `choose_mode`.
+    """
+
+    config: FierConfig
+    base: Operators
+    mode: Mode | None = None
+    name: ClassVar[str] = "flex"
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """See `Operators`."""
+        return self.base.buffers
+
+    def settle(self, keys: Tensor) -> None:
+        """See `Operators`."""
+        self.base.settle(keys)
+
+    def append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        is_prompt: bool,
+    ) -> None:
+        """See `Operators`."""
+        self.base.append(key, value, rows, state, counters, is_prompt)
+
+    def index_prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        state: list[Tensor],
+        counters: Tensor,
+        progress: list[int] | None,
+    ) -> list[int] | None:
+        """See `Operators`."""
+        return self.base.index_prompt(query, keys, state, counters, progress)
+
+    def index_range(self, keys: Tensor, state: list[Tensor], start: int, stop: int) -> None:
+        """See `Operators`."""
+        self.base.index_range(keys, state, start, stop)
+
+    def retrieve(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        """See `Operators`."""
+        return self.base.retrieve(
+            query, rows, state, counters, visible, sink_logits, scale, softcap
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+        hot: HotSet | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Operators`. Never by way of a hot set, which `FierConfig` refuses."""
+        assert hot is None, "an offloaded layer"
+        token_indices = self.retrieve(
+            query, rows, state, counters, visible, sink_logits, scale, softcap
+        )
+        keys, values = rows
+        output, _ = selected_attention(
+            query,
+            keys,
+            values,
+            token_indices,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            mode=self.mode,
+            is_ascending=True,
+        )
+        return output.transpose(1, 2).contiguous(), token_indices
+
+    def fetch_ahead(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        state: list[Tensor],
+        counters: Tensor,
+        hot: HotSet,
+    ) -> Tensor:
+        """See `Operators`."""
+        return self.base.fetch_ahead(query, rows, state, counters, hot)
+
+    def join(self, counters: Tensor, query: Tensor, room: Tensor) -> None:
+        """See `Operators`."""
+        self.base.join(counters, query, room)
+
+    def attend_all(
+        self,
+        query: Tensor,
+        rows: list[Tensor],
+        counters: Tensor,
+        visible: Tensor | None,
+        sink_logits: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor | None:
+        """See `Operators`."""
+        return self.base.attend_all(query, rows, counters, visible, sink_logits, scale, softcap)
