@@ -33,7 +33,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "dense, offload": {"offload": True},
     "sparse, offload": {"prefill": "sparse", "offload": True},
 }
-COLUMNS = ["what", "context", "ms", "ms_p20", "ms_p80", "ratio"]
+COLUMNS = ["what", "context", "mlp_chunk", "ms", "ms_p20", "ms_p80", "ratio"]
 COLUMNS += ["peak_gib", "beside_gib", "density"]
 
 
@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="these ways")
     parser.add_argument("--mass", type=float, default=FierConfig.prefill_mass)
+    parser.add_argument("--scores", choices=("index", "keys"), default="index")
+    parser.add_argument("--mlp-chunk", type=int, default=0, help="tokens, of patched ways")
     parser.add_argument("--rounds", type=int, default=3)
     add_index(parser)
     parser.add_argument("--backend", default="auto", help="of the operators")
@@ -53,6 +55,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     settings = FierConfig(
         prefill_mass=options.mass,
+        prefill_scores=options.scores,
+        mlp_chunk=options.mlp_chunk,
         backend=options.backend,
         **index_settings(options),
     )
@@ -95,7 +99,9 @@ def measure(
             "model": f"{model.config.model_type} {model.num_parameters() / 1e6:.0f}M",
             "dtype": str(model.dtype).removeprefix("torch."),
             "rounds": rounds,
+            "mlp_chunk": 0 if WAYS[name] is None else settings.mlp_chunk,
             "prefill_mass": settings.prefill_mass,
+            "prefill_scores": settings.prefill_scores,
         }
     return list(rows.values())
 

@@ -52,6 +52,8 @@ class FierConfig:
             head, above 0 and up to 1. At least `budget` tokens are attended in any case.
         prefill_scores: what sparse prefill weighs blocks by: ``"index"``, or ``"keys"``, the keys
             themselves, which are at hand and hold more of the weight.
+        mlp_chunk: tokens of a prompt that an MLP is given at a time, which bounds its activations,
+            the most of what a long prefill takes beside weights, K and V. 0 means all.
         compile: build static caches, so that decode compiles into one graph.
             ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
         offload: keep K and V in pinned host memory, but for those of the dense layers; the index
@@ -85,6 +87,7 @@ class FierConfig:
     prefill: str = "dense"
     prefill_mass: float = 0.95
     prefill_scores: str = "index"
+    mlp_chunk: int = 0
     compile: bool = False
     offload: bool = False
     hot_tokens: int | None = None
@@ -101,6 +104,7 @@ class FierConfig:
             ("refine", 0),
             ("dense_layers", 0),
             ("max_query_length", 1),
+            ("mlp_chunk", 0),
             ("seed", 0),
         ):
             _check_integer(name, getattr(self, name), least)

@@ -22,6 +22,7 @@ INTEGERS = {  # and the least that each may be
     "refine": 0,
     "dense_layers": 0,
     "max_query_length": 1,
+    "mlp_chunk": 0,
     "seed": 0,
 }
 FLAGS = ("per_query_head", "compile", "offload", "prefetch")
@@ -51,6 +52,7 @@ def configs(draw: st.DrawFn) -> FierConfig:
         dense_layers=draw(st.integers(0, 100)),
         per_query_head=draw(st.booleans()),
         max_query_length=draw(st.integers(1, 10**6)),
+        mlp_chunk=draw(st.integers(0, 10**6)),
         prefill=draw(st.sampled_from(("dense", "sparse"))),
         prefill_mass=draw(st.floats(0, 1, exclude_min=True)),
         prefill_scores=draw(st.sampled_from(("index", "keys"))),
