@@ -31,8 +31,8 @@ _COMPILED = ("_compiled_call", "_last_compile_config")
 def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handle:
     """Patch one model so that decode attends to the best tokens by a key index.
 
-    Prefill stays dense and runs the model's own attention implementation. A patch that is already
-    on is replaced. Nothing changes if this raises.
+    Prefill runs the model's own attention implementation, densely unless ``prefill="sparse"``. A
+    patch that is already on is replaced. Nothing changes if this raises.
 
     Args:
         model: a decoder-only transformers model in eval mode, or a PEFT, data-parallel or compiled
