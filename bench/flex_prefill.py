@@ -65,14 +65,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", choices=("triton", "reference"), help="triton on CUDA")
+    parser.add_argument(
+        "--any-length", action="store_true", help="keep the kernels of the context before"
+    )
     parser.add_argument("--count", type=int, default=10, help="samples of each time")
     parser.add_argument("--output", type=Path, help="the file of rows")
     options = parser.parse_args(arguments)
     backend = options.backend or ("reference" if options.device == "cpu" else "triton")
     rows: list[dict[str, Any]] = []
     for context in options.context:
+        if not options.any_length:
+            torch._dynamo.reset()  # a kernel for this length, as that of a first prompt is
         case = Case(context, options.heads, options.kv_heads, options.head_dim, options.device)
-        rows += measure(case, options.mass, options.scores, backend, options.count)
+        found = measure(case, options.mass, options.scores, backend, options.count)
+        rows += [{**row, "any_length": options.any_length} for row in found]
         print(table([row for row in rows if row["context"] == context], COLUMNS), flush=True)
     print("saved", save("flex_prefill", options.device, rows, options.output))
 

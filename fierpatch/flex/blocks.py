@@ -124,8 +124,8 @@ def pooled_shares(log_masses: Tensor) -> Tensor:
         float32 ``[B, Hq, blocks, key blocks]``; rows sum to 1, or to less where a sampled query
         sees nothing.
     """
-    shares = log_masses.softmax(3).nan_to_num(0.0)  # a query that sees nothing has no softmax
-    return shares.unflatten(2, (-1, SAMPLES)).mean(3)
+    shares = log_masses.softmax(3).unflatten(2, (-1, SAMPLES))
+    return shares.nansum(3) / SAMPLES  # a query that sees nothing has no softmax
 
 
 def candidate_blocks(span: Span, visible: Tensor | None = None) -> Tensor:
