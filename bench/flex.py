@@ -153,7 +153,7 @@ def retrieval(
 def by_mask(
     query: Tensor, keys: Tensor, values: Tensor, lists: Tensor, block_size: int
 ) -> tuple[dict[str, Function], float]:
-    """The update of a mask, attention under it, and both; and the blocks of a KV head."""
+    """The update of a mask in place, attention under it, and both as a patched model calls them."""
     batch_size, num_kv_heads, length, _ = keys.shape
     num_groups = query.shape[1] // num_kv_heads
     layout = QueryLayout(query.shape[1], 1, num_groups)
@@ -172,12 +172,12 @@ def by_mask(
     under = partial(_compiled(attend), folded, keys, values, mask.words, mask.num_blocks,
                     mask.block_indices, None, form)  # fmt: skip
 
-    def both() -> object:
-        update()
-        return under()
-
+    both = partial(
+        _compiled(selected_attention), query, keys, values, lists, scale=form.scale, mode="mask",
+        block_size=block_size, is_ascending=True,
+    )  # fmt: skip
     functions: dict[str, Function] = {
-        "mask: update": update,
+        "mask: update": _compiled(update),
         "mask: attention": under,
         "mask: both": both,
     }
@@ -188,7 +188,9 @@ def by_rows(
     query: Tensor, keys: Tensor, values: Tensor, lists: Tensor, block_size: int
 ) -> dict[str, Function]:
     """Gathering rows, attention over them, and both as a patched model calls it."""
-    gather = partial(gather_rows, keys, values, lists, with_sink=False, block_size=block_size)
+    gather = partial(
+        _compiled(gather_rows), keys, values, lists, with_sink=False, block_size=block_size
+    )
     num_groups = query.shape[1] // keys.shape[1]
     layout = QueryLayout(query.shape[1], 1, num_groups)
     form = Form(layout, block_size, query.shape[3] ** -0.5, 0.0, 1, False)

@@ -27,22 +27,23 @@ Mode = Literal["mask", "compact"]
 MASK_DENSITY = 0.02
 
 
-def choose_mode(*, num_selected: int, length: int, is_fused: bool, can_mask: bool = True) -> Mode:
+def choose_mode(*, num_selected: int, length: int, num_rows: int, is_fused: bool) -> Mode:
     """The mode, by what is known before anything is selected.
 
-    ``"mask"`` where a fused kernel can skip blocks, nothing stands against it, and a KV head
-    selects at most `MASK_DENSITY` of the tokens; else ``"compact"``. A selection that lies in
-    clusters gains by ``"mask"`` at any density, which no shape tells: name the mode then.
+    ``"mask"`` within a compiled model on CUDA, where the decode kernel takes the folded queries and
+    a KV head selects at most `MASK_DENSITY` of the tokens; else ``"compact"``. A selection that
+    lies in clusters gains by ``"mask"`` at any density, which no shape tells: name the mode then.
 
     Args:
         num_selected: tokens that all lists and queries of a KV head may select together.
         length: S.
-        is_fused: the call is compiled; eager FlexAttention computes every cell of a mask.
-        can_mask: False for sink logits on a CPU, where a fused kernel gives no log-sum-exp, and
-            for more rows of queries than the decode kernel on CUDA takes.
+        num_rows: query heads of a KV head times queries.
+        is_fused: compiled with the model on CUDA. By itself, a call would be compiled for each new
+            length; on a CPU a block costs as much as its tokens, each of which may be in another
+            (128 of 8,192 at random: 2.1 ms by mask, 0.7 ms gathered).
     """
     is_sparse = num_selected <= MASK_DENSITY * length
-    return "mask" if is_fused and can_mask and is_sparse else "compact"
+    return "mask" if is_fused and is_sparse and num_rows <= MOST_ROWS else "compact"
 
 
 def selected_attention(
@@ -61,8 +62,8 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention over the chosen tokens only; `gather_attention` is its specification.
 
-    Within a compiled function it becomes part of the graph. Elsewhere it is compiled on CUDA, and
-    computed by eager FlexAttention on a CPU, which is unfused. It has no gradient.
+    Within a compiled function it becomes part of the graph. Elsewhere its kernel is compiled by
+    itself on CUDA, and eager FlexAttention computes it on a CPU, unfused. It has no gradient.
 
     Args:
         query: ``[B, Hq, T, D]``.
@@ -96,13 +97,11 @@ def selected_attention(
     is_compiling, is_cuda = torch.compiler.is_compiling(), query.is_cuda
     has_sinks = sink_logits is not None
     if mode is None:
-        has_lse = is_cuda or not is_compiling
-        has_room = not is_cuda or num_groups * num_queries <= MOST_ROWS
         mode = choose_mode(
             num_selected=num_lists // keys.shape[1] * num_queries * token_indices.shape[3],
             length=keys.shape[2],
-            is_fused=is_cuda or is_compiling,
-            can_mask=has_room and (has_lse or not has_sinks),
+            num_rows=num_groups * num_queries,
+            is_fused=is_cuda and is_compiling,
         )
     is_mask = mode == "mask"
     needs_lse = with_lse or (is_mask and has_sinks)
@@ -119,8 +118,8 @@ def selected_attention(
     with torch.no_grad():
         run = _by_mask if is_mask else _by_rows
         output, lse = run(
-            query.detach(), keys.detach(), values.detach(), token_indices, sink_logits, form,
-            is_ascending,
+            query.detach(), keys.detach(), values.detach(), token_indices,
+            None if sink_logits is None else sink_logits.detach(), form, is_ascending,
         )  # fmt: skip
         has_any = (token_indices >= 0).any(-1)  # [B, L, T]
         has_any = has_any.repeat_interleave(query.shape[1] // num_lists, 1)
@@ -128,7 +127,7 @@ def selected_attention(
         output = torch.where(has_any.unsqueeze(3), output, 0.0)
         if lse is not None:
             lse = torch.where(has_any, lse, -torch.inf)
-        return output, lse if with_lse else None
+    return output, lse if with_lse else None
 
 
 def _by_mask(
@@ -157,7 +156,7 @@ def _by_mask(
     lse = lse.unflatten(2, (-1, form.num_queries)).flatten(1, 2)  # [B, Hq, T]
     if sink_logits is not None:
         # A sink has a weight and no value, so all it does is to shrink the others' share.
-        sinks = sink_logits.detach().to(lse.dtype)[:, None]
+        sinks = sink_logits.to(lse.dtype)[:, None]
         output = (output * torch.sigmoid(lse - sinks).unsqueeze(3)).to(query.dtype)
         lse = torch.logaddexp(lse, sinks)
     return output, lse
@@ -184,7 +183,7 @@ def _by_rows(
     grouped = query.unflatten(1, (num_lists, -1)).transpose(2, 3).flatten(1, 2)
     sinks = None
     if sink_logits is not None:
-        sinks = sink_logits.detach().to(torch.promote_types(query.dtype, torch.float32))
+        sinks = sink_logits.to(torch.promote_types(query.dtype, torch.float32))
     output, lse = attend(grouped, *gathered, sinks, form)  # [B, lists * T, G, Dv]
     output = output.unflatten(1, (num_lists, -1)).transpose(2, 3).flatten(1, 2)
     if lse is not None:

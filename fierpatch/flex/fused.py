@@ -14,8 +14,8 @@ from fierpatch.flex.block_mask import decode_block_mask
 from fierpatch.flex.masks import MaskMod, QueryLayout, selected_mask_mod
 
 _MOST_STAGED = 96 << 10  # bytes of K and V in flight, which every GPU since the A100 has room for
+_RECOMPILE_LIMIT = 64  # shapes of eager steps: a few batches and budgets, queries from 1 to 8
 _STAGES = 3  # with 4 warps the best of what was tried on an H100, where the defaults are poor
-_RECOMPILE_LIMIT = 64  # shapes of eager steps: a few batches and lengths, queries from 1 to 8
 
 # On a CPU the kernel compiles beside neither a query that is computed in the graph and reshaped nor
 # anything that follows and could be fused into it (torch 2.13); a copy that is opaque parts them.

@@ -85,6 +85,16 @@ def check_tensors(query: Tensor, keys: Tensor, values: Tensor, token_indices: Te
         )
 
 
+def can_fuse(like: Tensor) -> bool:
+    """Whether what makes a mask may be compiled with the attention that reads it.
+
+    On CUDA, where it becomes a few kernels instead of some thirty. On a CPU such a graph does not
+    compile (torch 2.13), so there it has to be hidden in an operator, as it is where nothing is
+    compiled but the attention.
+    """
+    return like.is_cuda and torch.compiler.is_compiling()
+
+
 def check_rows(num_rows: int, *, mode: str, is_cuda: bool) -> None:
     """Check the query length that FlexAttention will see.
 

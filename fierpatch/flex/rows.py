@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Hidden from the compiler for the mask's sake, see `fierpatch.flex.selection`.
+from fierpatch.flex.limits import can_fuse
+
+# Hidden from the compiler on CPUs, see `can_fuse`.
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _LIBRARY.define(
     "flex_gather(Tensor keys, Tensor values, Tensor token_indices, bool with_sink, "
@@ -30,9 +32,8 @@ def gather_rows(
         ``[B, L * T, R]``, which rows count; int32 ``[B, L * T, 1]``, how many blocks hold these;
         and int32 ``[B, L * T, 1, ceil(R / block_size)]``, the blocks in order.
     """
-    return torch.ops.fierpatch.flex_gather.default(
-        keys, values, token_indices, with_sink, block_size
-    )
+    gather = _gather if can_fuse(keys) else torch.ops.fierpatch.flex_gather.default
+    return gather(keys, values, token_indices, with_sink, block_size)
 
 
 def _gather(

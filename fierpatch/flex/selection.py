@@ -10,10 +10,11 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from fierpatch.errors import ShapeError
 from fierpatch.flex.block_mask import check_block_size, decode_block_mask
+from fierpatch.flex.limits import can_fuse
 from fierpatch.flex.masks import WORD_SIZE, MaskMod, QueryLayout, selected_mask_mod
 
-# Hidden from the compiler: on a CPU, FlexAttention cannot compile beside the operations that make
-# its mask. Without a read by the host, so that a CUDA graph can replay them.
+# Hidden from the compiler on CPUs, see `can_fuse`. Nothing is read by the host, so that a CUDA
+# graph can replay it.
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 _LIBRARY.define(
@@ -103,7 +104,8 @@ class SelectionMask:
         """A mask of this selection; see `empty` and `update`. Fit for a compiled function."""
         check_block_size(block_size)
         _check_lists(layout, token_indices)
-        words, num_blocks, block_indices = torch.ops.fierpatch.flex_select.default(
+        select = _select if can_fuse(token_indices) else torch.ops.fierpatch.flex_select.default
+        words, num_blocks, block_indices = select(
             token_indices, layout.num_heads, length, block_size, is_ascending
         )
         return cls(words, num_blocks, block_indices, layout, length, block_size)
@@ -128,7 +130,9 @@ class SelectionMask:
                 f"token_indices of shape {tuple(token_indices.shape)} do not fit a mask of "
                 f"{tuple(self.words.shape[:3])} batch rows, lists and queries"
             )
-        torch.ops.fierpatch.flex_select_.default(
+        is_fused = can_fuse(token_indices)
+        select = _select_in_place if is_fused else torch.ops.fierpatch.flex_select_.default
+        select(
             token_indices,
             self.words,
             self.num_blocks,
@@ -197,8 +201,7 @@ def _select_in_place(
     blocks = torch.where(is_used, blocks, last).clamp_min_(0)
     if num_lists > 1 or not is_ascending:
         blocks = blocks.sort(-1).values
-    is_first = torch.ones_like(is_used)
-    torch.ne(blocks[..., 1:], blocks[..., :-1], out=is_first[..., 1:])
+    is_first = torch.nn.functional.pad(blocks[..., 1:] != blocks[..., :-1], (1, 0), value=True)
     place = is_first.cumsum(-1) - 1
     block_indices.scatter_(3, place[:, :, None], blocks[:, :, None].int())
     num_blocks.copy_(torch.where(last >= 0, place[..., -1:] + 1, 0))

@@ -27,6 +27,7 @@ class Case:
     length: int
     is_folded: bool
     seed: int
+    device: str = "cpu"
 
     @property
     def num_query_heads(self) -> int:
@@ -45,7 +46,7 @@ class Case:
         """Every cell of the mask, as bool ``[B, Hq, T, S]`` however the queries are laid out."""
         layout = self.layout
         sizes = (self.batch_size, layout.num_heads, layout.num_rows, self.length)
-        allowed = create_mask(mask_mod, *sizes, device="cpu")
+        allowed = create_mask(mask_mod, *sizes, device=self.device)
         allowed = allowed.expand(sizes).unflatten(2, (layout.num_folded, -1))
         return allowed.flatten(1, 2)
 

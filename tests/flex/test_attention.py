@@ -11,28 +11,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention.flex_attention import and_masks, flex_attention, or_masks
 
 from fierpatch.errors import BackendError, ConfigError, ShapeError
 from fierpatch.flex import (
     BLOCK_SIZES,
     MASK_DENSITY,
     Mode,
+    QueryLayout,
     SelectionMask,
-    block_mask_of,
-    causal_mask_mod,
     check_layer,
     choose_mode,
-    padding_mask_mod,
     selected_attention,
-    selected_blocks_mask_mod,
-    selected_mask_mod,
-    sinks_and_recent_mask_mod,
 )
+from fierpatch.flex.rows import gather_rows
 from fierpatch.reference import gather_attention, masked_attention
 from fierpatch.select import select
 from flex.attentions import CPU_EXP_ULPS, Attention, assert_near, log_sum_exp
 from flex.cases import LENGTHS, Case, lists_as_cells
+from flex.compiled import check_chunk, check_masks
 from strategies import TAME, Problem, problems, seeds
 
 MODES: tuple[Mode, ...] = ("mask", "compact")
@@ -194,86 +190,71 @@ def test_compiled_attention_is_the_reference_s_for_every_selection(
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_what_makes_a_mask_may_be_compiled_as_it_is_on_cuda(
+    mode: Mode, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the open. On a CPU inductor takes that apart from the attention alone."""
+    for part in ("selection", "rows"):
+        monkeypatch.setattr(f"fierpatch.flex.{part}.can_fuse", lambda like: True)
+    case = Attention(num_queries=2, has_sinks=True, per_query_head=True)
+    options = case.options()
+
+    def made(query: Tensor, keys: Tensor, values: Tensor, lists: Tensor) -> Any:
+        if mode == "compact":
+            return gather_rows(keys, values, lists, with_sink=True, block_size=16)
+        mask = SelectionMask.of(QueryLayout(6, 2, 3), lists, length=300, is_ascending=True)
+        return mask.words, mask.num_blocks, mask.block_indices
+
+    def attend(*tensors: Tensor) -> Any:
+        return selected_attention(*tensors, scale=0.3, mode="compact", is_ascending=True)[0]
+
+    step = made if compiler == "inductor" or mode == "mask" else attend
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=compiler)
+    for seed in range(3):
+        tensors = case.tensors(seed, is_dark=seed == 2)
+        if step is attend:
+            assert_near(compiled(*tensors), tensors, options | {"sink_logits": None})
+        else:
+            for one, other in zip(compiled(*tensors), made(*tensors), strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_masks_allow_the_cells_of_their_dense_masks() -> None:
-    """A chunk of folded queries: what is in their order, no padding, and kept or selected."""
-    case = Case(2, 2, 3, 5, 71, True, 0)
-    layout = case.layout
-
-    def mask_of(words: Tensor, is_token: Tensor, offset: Tensor, first: Tensor) -> Any:
-        ends = sinks_and_recent_mask_mod(layout, sinks=3, recent=4, offset=offset, first=first)
-        return and_masks(
-            causal_mask_mod(layout, offset=offset),
-            padding_mask_mod(is_token),
-            or_masks(ends, selected_mask_mod(layout, words)),
-        )
-
-    def weights(query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, *rest: Tensor) -> Any:
-        mask = block_mask_of(blocks, mask_of(*rest), seq_lengths=(15, 71), block_size=(128, 16))
-        return flex_attention(query, keys, values, block_mask=mask)
-
-    compiled = torch.compile(weights, fullgraph=True, dynamic=False)
-    # The values are a unit matrix, so that the output is the weights.
-    values = torch.eye(71).expand(2, 2, 71, 71).contiguous()
-    for seed, offset in ((0, 40), (1, 66), (2, 0)):
-        generator = torch.Generator().manual_seed(seed)
-        query, keys = (torch.randn(2, 2, n, 16, generator=generator) for n in (15, 71))
-        words = torch.randint(-(2**31), 2**31, (2, 6, 5, 3), generator=generator).int()
-        first = torch.tensor([0, 9])
-        rest = (words, torch.arange(71) >= first[:, None], torch.tensor(offset), first)
-        cells = case.cells(mask_of(*rest)).unflatten(1, (2, 3)).flatten(2, 3)
-        blocks = torch.nn.functional.pad(cells, (0, 9)).unflatten(3, (5, 16)).any(4).any(2)
-        output = compiled(query, keys, values, blocks[:, :, None], *rest)
-        assert torch.equal(output > 0, cells)
+    check_masks("cpu")
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_chunk_of_a_prefill_visits_its_blocks_alone() -> None:
-    """Unfolded, by partial and full blocks."""
-    case = Case(1, 2, 2, 40, 150, False, 0)
-    generator = case.generator
-    block_size = (16, 32)
-    chosen = torch.rand(1, 2, 3, 5, generator=generator) < 0.6
-    offset = 110
-    mask_mod = and_masks(
-        causal_mask_mod(case.layout, offset=offset),
-        selected_blocks_mask_mod(case.layout, chosen, block_size=block_size),
-    )
-    cells = case.cells(mask_mod)
-    padded = torch.nn.functional.pad(cells, (0, 10, 0, 8)).unflatten(3, (5, 32))
-    padded = padded.unflatten(2, (3, 16))
-    is_full = padded.all(5).all(3)
-    is_partial = padded.any(5).any(3) & ~is_full
-    mask = block_mask_of(
-        is_partial, mask_mod, seq_lengths=(40, 150), block_size=block_size, is_full=is_full
-    )
-    query = torch.randn(1, 4, 40, 16, generator=generator)
-    keys, values = torch.randn(1, 2, 150, 16, generator=generator), torch.eye(150)
-    values = values.expand(1, 2, 150, 150).contiguous()
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    output = compiled(query, keys, values, block_mask=mask, enable_gqa=True)
-    assert torch.equal(output > 0, cells)
+    check_chunk("cpu", num_queries=40, block_size=(16, 32))
 
 
 # What is chosen, and what is refused.
 
 
 @given(
-    num_selected=st.integers(1, 5000), length=st.integers(1, 200_000), is_fused=st.booleans(),
-    can_mask=st.booleans(),
-)  # fmt: skip
-@example(num_selected=1024, length=131_072, is_fused=True, can_mask=True)
-def test_a_mask_is_for_few_tokens_of_many_where_blocks_are_skipped(
-    num_selected: int, length: int, is_fused: bool, can_mask: bool
+    num_selected=st.integers(1, 5000),
+    length=st.integers(1, 200_000),
+    num_rows=st.sampled_from((1, 32, 127, 128, 1000)),
+    is_fused=st.booleans(),
+)
+@example(num_selected=1024, length=131_072, num_rows=4, is_fused=True)
+def test_a_mask_is_for_few_tokens_of_many_where_a_kernel_skips_the_rest(
+    num_selected: int, length: int, num_rows: int, is_fused: bool
 ) -> None:
     mode = choose_mode(
-        num_selected=num_selected, length=length, is_fused=is_fused, can_mask=can_mask
+        num_selected=num_selected, length=length, num_rows=num_rows, is_fused=is_fused
     )
     pays = num_selected / length <= MASK_DENSITY
-    assert mode == ("mask" if pays and is_fused and can_mask else "compact")
+    assert mode == ("mask" if pays and is_fused and num_rows < 128 else "compact")
 
 
 def test_lists_of_query_heads_and_of_queries_count_together() -> None:
-    """They share the blocks of their KV head: eager calls gather, compiled ones may not."""
+    """They share the blocks of their KV head."""
     case = Attention(length=2100, width=40)
     query, keys, values, lists = case.tensors(0)
     seen = []
