@@ -25,6 +25,7 @@ from fierpatch.flex.span_attention import (
     Operands,
     attend_flex,
     attend_reference,
+    check_sizes,
 )
 from fierpatch.index import KeyIndex
 from fierpatch.index.packing import TILE_SIZE, num_tiles
@@ -77,7 +78,12 @@ def sparse_attention(
 
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype; 0 for a query that sees nothing.
+
+    Raises:
+        BackendError: kernels were asked for, and FlexAttention has none for such keys and values.
     """
+    if backend != "reference":
+        check_sizes(operands)
     query, values = operands.query, operands.values
     batch_size, num_query_heads, num_queries, _ = query.shape
     output = query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 import oracles
+from fierpatch.errors import BackendError
 from fierpatch.flex import PrefillSettings, estimated_keys, span_attention, sparse_attention
 from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK, Span
 from fierpatch.flex.prefill import chosen_blocks
@@ -122,6 +123,14 @@ def test_spans_and_rows_are_cut_to_a_bound_and_nothing_else_changes(
     assert [(span.first, span.last) for span in spans] == [(0, 2), (2, 4), (4, 6)]
     assert max(rows) <= bound
     torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize(("head_dim", "value_head_dim"), [(8, 16), (16, 8), (512, 64)])
+def test_sizes_that_no_kernel_has_are_refused(head_dim: int, value_head_dim: int) -> None:
+    query, keys = torch.zeros(1, 2, 9, head_dim), torch.zeros(1, 1, 9, head_dim)
+    operands = Operands(query, keys, torch.zeros(1, 1, 9, value_head_dim), 1.0)
+    with pytest.raises(BackendError, match=r'16 to 256 .* prefill="dense"'):
+        sparse_attention(operands, keys, SOME, backend="triton")
 
 
 def test_one_block_of_queries_goes_where_the_bound_is_below_it(
