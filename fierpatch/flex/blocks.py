@@ -156,8 +156,11 @@ def whole_blocks(span: Span, visible: Tensor | None = None) -> Tensor:
     low, _ = span.bounds
     end = (torch.arange(span.num_key_blocks, device=span.device) + 1) * KEY_BLOCK
     whole = (end <= low[:, None] + 1)[None, None]
-    # With a mask of its own every block is compared token by token.
-    return whole if visible is None else torch.zeros_like(whole)
+    if visible is None:
+        return whole
+    if visible.shape[2] > 1:
+        return torch.zeros_like(whole)  # compared token by token
+    return whole & ~_any_of_block(~visible)
 
 
 def kept_blocks(span: Span, *, sinks: int, recent: int, visible: Tensor | None = None) -> Tensor:

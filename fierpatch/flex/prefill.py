@@ -105,6 +105,8 @@ def chosen_spans(
     """The spans of a prompt and what `chosen_blocks` gives each; see `sparse_attention`."""
     batch_size, num_query_heads, num_queries, _ = operands.query.shape
     length = operands.keys.shape[2]
+    if backend != "reference":
+        estimates = estimates.contiguous()  # once, and not for every span
     num_blocks = -(-num_queries // QUERY_BLOCK)
     size = batch_size * num_query_heads * SAMPLES
     size *= length if backend == "reference" else -(-length // KEY_BLOCK)

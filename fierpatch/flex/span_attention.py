@@ -153,7 +153,7 @@ def span_mask(operands: Operands, span: Span, chosen: Tensor) -> BlockMask:
         and_masks(*mask_mods),
         seq_lengths=(layout.num_queries, span.length),
         block_size=block_size,
-        is_full=whole if visible is None else None,
+        is_full=whole if visible is None or visible.shape[2] == 1 else None,
     )
 
 

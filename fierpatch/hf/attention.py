@@ -18,7 +18,7 @@ from fierpatch.errors import ConfigError, ShapeError, UnsupportedModelError
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
-_MASK_AT_ONCE = 1 << 28  # elements of a mask that are looked at together
+_MASK_AT_ONCE = 1 << 26  # elements of a mask that are looked at together
 
 
 def register(name: str, base: str, settings: FierConfig) -> None:
@@ -124,6 +124,9 @@ def _logit_arguments(
 def to_visible(mask: Tensor | None, module: nn.Module, num_queries: int) -> Tensor | None:
     """The base's mask of a prompt as a boolean one, which causality comes on top of.
 
+    A mask of rows that only causality and padding make different is one of padding. To know that,
+    the host waits for the device once.
+
     Args:
         mask: None, padding ``[B, S]``, or ``[B, 1, T, S]``, boolean or added to the logits.
         module: the attention, for messages.
@@ -146,18 +149,25 @@ def to_visible(mask: Tensor | None, module: nn.Module, num_queries: int) -> Tens
             f'shape {tuple(mask.shape)}: pass such a one, or apply with prefill="dense"'
         )
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    is_later = visible.new_zeros(())
+    last = visible[:, :, -1:]
+    token = torch.arange(visible.shape[3], device=mask.device)
+    row = token[visible.shape[3] - num_queries :, None]
+    is_later, is_padding = visible.new_zeros(()), visible.new_ones(())
     rows_at_once = max(_MASK_AT_ONCE // visible[:, :, 0].numel(), 1)
-    offset = visible.shape[3] - num_queries
     for start in range(0, num_queries, rows_at_once):
-        rows = visible[:, :, start : start + rows_at_once]
-        is_later |= rows.triu(offset + start + 1).any()
-    if is_later:
+        part = slice(start, start + rows_at_once)
+        causal = token <= row[part]
+        is_later |= (visible[:, :, part] & ~causal).any()
+        is_padding &= (visible[:, :, part] == (last & causal)).all()
+    has_later, has_padding, is_whole = torch.stack((is_later, is_padding, last.all())).tolist()
+    if has_later:
         raise UnsupportedModelError(
             f"{type(module).__name__} was given a mask that lets tokens see later ones, and sparse "
             'prefill is causal: apply with prefill="dense"'
         )
-    return visible
+    if not has_padding:
+        return visible
+    return None if is_whole else last
 
 
 def _check_bias(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -232,6 +232,10 @@ def test_blocks_are_candidates_kept_and_whole_as_their_cells_are(
     assert torch.equal(kept, blocks(seen & near[: len(seen)], is_all=False))
     whole = whole_blocks(span, visible)
     assert not (whole & ~blocks(seen, is_all=True)).any()
+    if visible is None or not has_rows:
+        low, _ = span.bounds
+        is_before = (torch.arange(span.num_key_blocks) + 1) * KEY_BLOCK <= low[:, None] + 1
+        assert torch.equal(whole, blocks(seen, is_all=True) & is_before)
 
 
 def test_a_mass_of_1_chooses_every_candidate() -> None:

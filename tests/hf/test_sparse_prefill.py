@@ -124,20 +124,38 @@ def test_weights_of_every_token_are_refused() -> None:
         model.generate(prompt(300), max_new_tokens=3, **options)
 
 
-def test_masks_become_boolean() -> None:
-    module = torch.nn.Identity()
-    visible = torch.ones(1, 1, 9, 20, dtype=torch.bool).tril(11)
-    assert to_visible(None, module, 9) is None
-    assert torch.equal(to_visible(visible, module, 9), visible)
-    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    assert torch.equal(to_visible(added, module, 9), visible)
+CAUSAL = torch.ones(1, 1, 9, 20, dtype=torch.bool).tril(11)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 28])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_a_mask_becomes_boolean_and_as_small_as_it_can_be(
+    is_added: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fierpatch.hf.attention, "_MASK_AT_ONCE", at_once)
+
+    def visible_of(mask: Tensor) -> Tensor | None:
+        if is_added:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return to_visible(mask, torch.nn.Identity(), 9)
+
+    padding = torch.arange(20) >= torch.tensor([0, 15])[:, None, None, None]
+    scattered = CAUSAL & (torch.rand(2, 1, 9, 20) < 0.5)
+    assert visible_of(CAUSAL) is None
+    assert torch.equal(visible_of(CAUSAL & padding), padding)
+    assert torch.equal(visible_of(scattered), scattered)
+
+
+def test_a_mask_of_padding_stays_one() -> None:
     padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert torch.equal(to_visible(padding, module, 2), padding.bool()[:, None, None])
+    assert to_visible(None, torch.nn.Identity(), 2) is None
+    visible = to_visible(padding, torch.nn.Identity(), 2)
+    assert torch.equal(visible, padding.bool()[:, None, None])
 
 
 def test_a_mask_that_is_not_causal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.nn.Identity()
-    visible = torch.ones(1, 1, 9, 20, dtype=torch.bool).tril(11)
+    visible = CAUSAL.clone()
     visible[0, 0, 5, 17] = True
     for at_once in (1, 1 << 28):
         monkeypatch.setattr(fierpatch.hf.attention, "_MASK_AT_ONCE", at_once)
