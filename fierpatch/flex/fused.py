@@ -17,8 +17,9 @@ _MOST_STAGED = 96 << 10  # bytes of K and V in flight, which every GPU since the
 _RECOMPILE_LIMIT = 64  # shapes of eager steps: a few batches and budgets, queries from 1 to 8
 _STAGES = 3  # with 4 warps the best of what was tried on an H100, where the defaults are poor
 
-# On a CPU the kernel compiles beside neither a query that is computed in the graph and reshaped nor
-# anything that follows and could be fused into it (torch 2.13); a copy that is opaque parts them.
+# On a CPU the kernel compiles neither over a query that is computed in the graph and reshaped, nor
+# over sinks that are cast there, nor before anything that could be fused into it (torch 2.13): a
+# copy that is opaque parts them.
 _LIBRARY = torch.library.Library("fierpatch", "FRAGMENT")
 _LIBRARY.define("flex_apart(Tensor output) -> Tensor")
 _LIBRARY.impl("flex_apart", torch.clone, "CompositeExplicitAutograd")
@@ -104,6 +105,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     layout, softcap, num_queries = form.layout, form.softcap, form.num_queries
     num_rows = query.shape[2]
+    is_compiling = torch.compiler.is_compiling()
+    if sinks is not None and is_compiling:
+        sinks = _apart(sinks)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         logit = torch.tanh(score / softcap) * softcap if softcap > 0 else score
@@ -118,7 +122,7 @@ def _attend(
         seq_lengths=(num_rows, keys.shape[2]),
         block_size=form.block_size,
     )
-    if torch.compiler.is_compiling():
+    if is_compiling:
         output, aux = flex_attention(
             _apart(query),
             keys,

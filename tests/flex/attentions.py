@@ -51,7 +51,8 @@ class Attention:
         """Scale, softcap and sink logits."""
         generator = torch.Generator().manual_seed(seed)
         sinks = torch.randn(self.num_kv_heads * self.num_groups, generator=generator)
-        given = sinks.to(self.device) if self.has_sinks else None
+        # A model's own dtype, which the computation has to leave.
+        given = sinks.to(self.device, self.dtype) if self.has_sinks else None
         return {"scale": 0.3, "softcap": self.softcap, "sink_logits": given}
 
 
@@ -73,8 +74,8 @@ def log_sum_exp(
     return torch.where(has_any, chosen.logsumexp(-1), -torch.inf)
 
 
-# torch's compiled kernel for CPUs takes its exponentials by exp_u20, which may be so many units in
-# the last place of a float32 off (SLEEF's name for it; ATen/cpu/vec).
+# torch's compiled kernel for CPUs takes its exponentials by exp_u20, "a faster version of exp with
+# ULP=20" (ATen/cpu/vec/vec512/vec512_float.h): so many units in the last place of a float32.
 CPU_EXP_ULPS = 20
 
 
