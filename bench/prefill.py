@@ -1,7 +1,7 @@
 """How long does a prefill take, and how much memory at its peak, densely and sparsely?
 
-A model with random weights reads a long prompt and keeps the logits of the last token only, in ways
-taken in turn: unpatched; patched, dense and sparse; and both with K and V on the host. Of each the
+A model with random weights reads a long prompt and keeps the logits of the last token only, one way
+after the other: unpatched; patched, dense and sparse; both with K and V on the host. Of each the
 time, the bytes at the peak (with the weights and beside them), and for sparse ones the density.
 Random weights spread attention evenly, so that sparse ones need most blocks: `flex_prefill` plants
 what a model has.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bench.synthetic import SHAPES, random_llama
 from bench.timing import summary, synchronize
 from fierpatch import FierConfig
 from fierpatch.flex.blocks import KEY_BLOCK
+from fierpatch.patching import current_handle
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -74,21 +76,23 @@ def main(arguments: list[str]) -> None:
 def measure(
     model: Any, ids: Tensor, rounds: int, settings: FierConfig, ways: list[str]
 ) -> list[dict[str, Any]]:
-    """Rows of one prompt ``[1, S]``, a row a way: the first round, which compiles, left out."""
+    """Rows of one prompt ``[1, S]``, a row a way: the first round of each, which compiles, left out.
+
+    All rounds of a way under one handle, with which pinned memory of the host stays.
+    """
     samples: dict[str, list[float]] = {name: [] for name in ways}
     rows: dict[str, dict[str, Any]] = {name: {"what": name} for name in ways}
-    for number in range(rounds + 1):
-        for name in ways:
-            if "reason" in rows[name]:
-                continue
-            try:
-                milliseconds, found = prefill(model, ids, settings, WAYS[name])
-            except (torch.OutOfMemoryError, fierpatch.FierError) as error:
-                rows[name]["reason"] = reason(error)
-                continue
-            if number:
-                samples[name].append(milliseconds)
-                rows[name] |= found
+    for name in ways:
+        way = WAYS[name]
+        try:
+            with nullcontext() if way is None else fierpatch.apply(model, settings.replace(**way)):
+                for number in range(rounds + 1):
+                    milliseconds, found = prefill(model, ids)
+                    if number:
+                        samples[name].append(milliseconds)
+                        rows[name] |= found
+        except (torch.OutOfMemoryError, fierpatch.FierError) as error:
+            rows[name]["reason"] = reason(error)
     for name, row in rows.items():
         if samples[name]:
             row |= summary(samples[name], "ms")
@@ -106,24 +110,24 @@ def measure(
     return list(rows.values())
 
 
-def prefill(
-    model: Any, ids: Tensor, settings: FierConfig, way: dict[str, Any] | None
-) -> tuple[float, dict[str, Any]]:
+def prefill(model: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
     """Milliseconds of one prefill, and columns of its row (no memory on a CPU)."""
-    if way is None:
+    handle = current_handle(model)
+    if handle is None:
         return timed(model, DynamicCache(config=model.config), ids)
-    with fierpatch.apply(model, settings.replace(**way)) as handle:
-        cache = handle.new_cache()
-        counts: list[Tensor] = []
-        for store in cache.stores.values():
-            store.block_observer = lambda span, chosen: counts.append(
-                torch.stack([chosen.sum(), chosen.shape[1] * causal_blocks(span)])
-            )
-        milliseconds, columns = timed(model, cache, ids)
-        if counts:
-            chosen, causal = torch.stack(counts).sum(0).tolist()
-            columns["density"] = chosen / causal
-        return milliseconds, columns
+    cache = handle.new_cache()
+    counts: list[Tensor] = []
+
+    def count(span: Any, chosen: Tensor) -> None:
+        counts.append(torch.stack([chosen.sum(), chosen.shape[1] * causal_blocks(span)]))
+
+    for store in cache.stores.values():
+        store.block_observer = count
+    milliseconds, columns = timed(model, cache, ids)
+    if counts:
+        chosen, causal = torch.stack(counts).sum(0).tolist()
+        columns["density"] = chosen / causal
+    return milliseconds, columns
 
 
 def causal_blocks(span: Any) -> Tensor:

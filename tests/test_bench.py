@@ -403,7 +403,7 @@ def test_the_prefill_of_one_layer_is_timed_beside_its_peer_and_says_what_it_hold
         assert 0 < row["choose_share"] <= 1
 
 
-def test_the_prefill_of_a_model_is_timed_in_turn_by_every_way(model: Any) -> None:
+def test_the_prefill_of_a_model_is_timed_by_every_way(model: Any) -> None:
     ids = torch.randint(256, (1, 600), generator=torch.Generator().manual_seed(0))
     ways = ["stock", "dense", "sparse", "sparse, offload"]
     settings = FierConfig(budget=64, dense_layers=1, prefill_mass=0.5)
