@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     model: Any, ids: Tensor, rounds: int, settings: FierConfig, ways: list[str]
 ) -> list[dict[str, Any]]:
-    """Rows of one prompt ``[1, S]``, a row a way: the first round of each, which compiles, left out.
+    """Rows of one prompt ``[1, S]``, a row a way; the first round of each is left out.
 
     All rounds of a way under one handle, with which pinned memory of the host stays.
     """
