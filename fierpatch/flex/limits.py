@@ -36,6 +36,12 @@ def check_layer(key: Tensor, value: Tensor, *, is_compiled: bool) -> None:
             f'backend="flex" cannot run on keys of {key.dtype} and values of {value.dtype}: it '
             f"wants one dtype; {rest}"
         )
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if device == "cpu" and is_compiled and not vectors.startswith("AVX"):
+        raise BackendError(
+            'backend="flex" cannot be compiled here: FlexAttention wants a CPU with AVX2, and this '
+            f"has {vectors}: leave compile=False, or {rest}"
+        )
     is_eager = device == "cpu" and not is_compiled
     if key.dtype not in (*_FUSED_DTYPES, *((torch.float64,) if is_eager else ())):
         where = "on CUDA" if device == "cuda" else "compiled on a CPU"

@@ -317,6 +317,10 @@ def test_a_layer_that_has_no_kernel_is_refused_with_the_way_round() -> None:
     check_layer(layer(3, double, "cpu"), layer(5, double, "cpu"), is_compiled=False)
     with pytest.raises(BackendError, match=r"float64.*compiled on a CPU; use .*\"reference\""):
         check_layer(layer(8, double, "cpu"), layer(8, double, "cpu"), is_compiled=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        with pytest.raises(BackendError, match=r"AVX2.*DEFAULT"):
+            check_layer(layer(8, half, "cpu"), layer(8, half, "cpu"), is_compiled=True)
     with pytest.raises(BackendError, match="one dtype"):
         check_layer(layer(8, half, "cpu"), layer(8, double, "cpu"), is_compiled=False)
     with pytest.raises(BackendError, match="this is meta"):
