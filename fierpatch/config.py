@@ -13,6 +13,8 @@ from fierpatch.errors import ConfigError
 
 INDEXES = ("rotated", "fier")
 BACKENDS = ("auto", "triton", "reference", "flex")
+PREFILLS = ("dense", "sparse")
+PREFILL_SCORES = ("index", "keys")
 GROUP_SIZES = (32, 64, 128, 256, 512)  # whole bit planes that divide a tile of the index
 REFINE_BITS = (2, 3, 4)  # those of the index's own, which this module cannot import: it loads torch
 _MOST = (1 << 63) - 1
@@ -42,7 +44,16 @@ class FierConfig:
         per_query_head: select for every query head on its own instead of once for the query heads
             that share a KV head. Better at equal budget, at up to num_groups times the traffic.
         max_query_length: the longest query that goes through retrieval (decode, and the
-            verification step of assisted decoding); longer ones are prefill and stay dense.
+            verification step of assisted decoding); longer ones are prefill.
+        prefill: how a prompt attends: ``"dense"``, by the model's own attention, or ``"sparse"``:
+            every block of queries over the blocks of keys that hold most of its weight, as the
+            index sees it, beside sinks and recents. Layers without an index stay dense.
+        prefill_mass: the part of the estimated weight that sparse prefill holds for every query
+            head, above 0 and up to 1. At least `budget` tokens are attended in any case.
+        prefill_scores: what sparse prefill weighs blocks by: ``"index"``, or ``"keys"``, the keys
+            themselves, which are at hand and hold more of the weight.
+        mlp_chunk: tokens of a prompt that an MLP is given at a time, which bounds its activations,
+            the most of what a long prefill takes beside weights, K and V. 0 means all.
         compile: build static caches, so that decode compiles into one graph.
             ``cache_implementation="static"`` in a call of ``generate`` does it for that call.
         offload: keep K and V in pinned host memory, but for those of the dense layers; the index
@@ -74,6 +85,10 @@ class FierConfig:
     dense_layers: int = 2
     per_query_head: bool = False
     max_query_length: int = 8
+    prefill: str = "dense"
+    prefill_mass: float = 0.95
+    prefill_scores: str = "index"
+    mlp_chunk: int = 0
     compile: bool = False
     offload: bool = False
     hot_tokens: int | None = None
@@ -90,6 +105,7 @@ class FierConfig:
             ("refine", 0),
             ("dense_layers", 0),
             ("max_query_length", 1),
+            ("mlp_chunk", 0),
             ("seed", 0),
         ):
             _check_integer(name, getattr(self, name), least)
@@ -104,6 +120,9 @@ class FierConfig:
                 "or recent"
             )
         _check_choice("index", self.index, INDEXES)
+        _check_choice("prefill", self.prefill, PREFILLS)
+        _check_choice("prefill_scores", self.prefill_scores, PREFILL_SCORES)
+        _check_share("prefill_mass", self.prefill_mass)
         allowed_bits = (1, 2) if self.index == "rotated" else (1,)
         if self.bits not in allowed_bits:
             raise ConfigError(
@@ -221,6 +240,13 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
     if value > _MOST:
         raise ConfigError(f"{name}={value} is too large: operators take 64 bits, at most {_MOST}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name}={value} is out of range: it must be above 0 and at most 1")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

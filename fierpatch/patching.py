@@ -17,6 +17,7 @@ from fierpatch.hf import attention, support
 from fierpatch.hf.cache import FierCache
 from fierpatch.hf.generation import prepare_cache
 from fierpatch.hf.lookahead import Lookahead, plan
+from fierpatch.hf.mlp_chunks import MlpChunks, find_mlps
 from fierpatch.hf.pool import StaticPool
 from fierpatch.offload import MemoryPool
 from fierpatch.report import Report, report
@@ -30,8 +31,8 @@ _COMPILED = ("_compiled_call", "_last_compile_config")
 def apply(model: Any, config: FierConfig | None = None, **options: Any) -> Handle:
     """Patch one model so that decode attends to the best tokens by a key index.
 
-    Prefill stays dense and runs the model's own attention implementation. A patch that is already
-    on is replaced. Nothing changes if this raises.
+    Prefill runs the model's own attention implementation, densely unless ``prefill="sparse"``. A
+    patch that is already on is replaced. Nothing changes if this raises.
 
     Args:
         model: a decoder-only transformers model in eval mode, or a PEFT, data-parallel or compiled
@@ -103,6 +104,7 @@ class Handle:
         self._bases: list[tuple[Any, Any]] = []
         self._stashed: dict[str, Any] = {}
         self._lookahead = Lookahead()
+        self._mlp_chunks = MlpChunks()
         self._facts: dict[int, LayerFacts] = {}
         self._pool = StaticPool()
         self._memory = MemoryPool()
@@ -199,6 +201,7 @@ class Handle:
                 duplicate._attn_implementation_internal = handle._name
                 handle._bases.append((duplicate, base))
             handle._lookahead = deepcopy(self._lookahead, memo)
+            handle._mlp_chunks = deepcopy(self._mlp_chunks, memo)
         return handle
 
     def __reduce__(self) -> Any:
@@ -208,7 +211,8 @@ class Handle:
 
     def _attach(self) -> None:
         model = self.model
-        hooks = plan(model, self.config)  # which may fail, where the model was changed
+        # Both may fail, where the model was changed.
+        hooks, mlps = plan(model, self.config), find_mlps(model, self.config)
         configs = support.attention_configs(model)
         base = configs[0]._attn_implementation or "eager"
         self._register(base)
@@ -220,6 +224,7 @@ class Handle:
             name: model.__dict__.pop(name) for name in _COMPILED if name in model.__dict__
         }
         self._lookahead = Lookahead(hooks)
+        self._mlp_chunks = MlpChunks(mlps, self.config.mlp_chunk)
         model.__dict__[_HANDLE] = self
         model.__dict__[_PREPARE] = self._prepare_cache
         model.__dict__[_CONTINUOUS] = self._refuse_continuous_batching
@@ -227,6 +232,7 @@ class Handle:
     def _detach(self) -> None:
         name, self._name = self._name, None
         self._lookahead.remove()
+        self._mlp_chunks.remove()
         model = self._model()
         if model is not None:
             for attribute in (_HANDLE, _PREPARE, _CONTINUOUS, *_COMPILED):
@@ -244,7 +250,7 @@ class Handle:
         # transformers reads meaning into names with "flash" or "/" in them.
         safe = base.replace("flash_attention_", "fa")
         self._name = f"fier|{safe}|{uuid4().hex[:12]}"
-        attention.register(self._name, base, self.config.max_query_length)
+        attention.register(self._name, base, self.config)
         # A model deleted while patched must not leave its functions in the registries, nor its
         # keys and values with whoever keeps the handle.
         self._clear = weakref.finalize(self.model, _clear, self._name, self._pool, self._memory)
@@ -291,6 +297,7 @@ class Handle:
 def _check(model: Any, settings: FierConfig) -> None:
     support.check_model(model)
     plan(model, settings)
+    find_mlps(model, settings)
 
 
 def _clear(name: str, pool: StaticPool, memory: MemoryPool) -> None:

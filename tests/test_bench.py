@@ -18,7 +18,21 @@ from fierpatch.reference import gather_attention
 
 pytest.importorskip("bench", reason="the benches are in the checkout alone: python -m pytest")
 
-from bench import decode, flex, generate, offload, plot, prefill_index, residency, traces, ways
+from bench import (
+    decode,
+    flex,
+    flex_prefill,
+    generate,
+    offload,
+    plot,
+    plot_blocks,
+    prefill_index,
+    prefill_quality,
+    residency,
+    traces,
+    ways,
+)
+from bench import prefill as bench_prefill
 from bench.hot_set import EMPTY, HotSet
 from bench.peers import dense
 from bench.prompts import prefill
@@ -375,6 +389,52 @@ def test_residency_rows_are_ordered_as_their_meaning_says(trace: traces.Trace) -
     json.dumps(rows)
 
 
+def test_the_prefill_of_one_layer_is_timed_beside_its_peer_and_says_what_it_holds() -> None:
+    case = flex_prefill.Case(2500, 4, 2, 32, "cpu")
+    peer, *rows = flex_prefill.measure(case, [0.5, 0.9], ["index", "keys"], "reference", 2)
+    assert peer["what"] == "SDPA"
+    assert len(rows) == 4
+    for row in (peer, *rows):
+        check_times(row, "ms")
+    for row in rows:
+        # The least tokens are half of the prompt, so that the mass asked for is not the mass held.
+        assert 0.3 < row["density"] < 1
+        assert row["mass"] > 0.5
+        assert 0 < row["choose_share"] <= 1
+
+
+def test_the_prefill_of_a_model_is_timed_by_every_way(model: Any) -> None:
+    ids = torch.randint(256, (1, 600), generator=torch.Generator().manual_seed(0))
+    ways = ["stock", "dense", "sparse", "sparse, offload"]
+    settings = FierConfig(budget=64, dense_layers=1, prefill_mass=0.5)
+    rows = bench_prefill.measure(model, ids, 2, settings, ways)
+    assert [row["what"] for row in rows] == ways
+    for row in rows:
+        check_times(row, "ms")
+    assert "density" not in rows[1]
+    assert 0 < rows[2]["density"] < 1
+    assert rows[2]["density"] == rows[3]["density"]
+    assert current_handle(model) is None
+
+
+def test_density_and_mass_of_everything_are_1(model: Any) -> None:
+    ids = torch.randint(256, (1, 300), generator=torch.Generator().manual_seed(0))
+    texts = [(ids, slice(1, 300))]
+    base: list[torch.Tensor] = []
+    settings = FierConfig(budget=64, dense_layers=1)
+    dense_row = prefill_quality.measure(model, texts, settings, base)
+    assert dense_row["kl"] == 0
+    everything = settings.replace(prefill="sparse", prefill_mass=1.0)
+    row = prefill_quality.measure(model, texts, everything, base)
+    assert row["density"] == 1
+    assert row["mass"] == pytest.approx(1, abs=1e-5)
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    few = prefill_quality.measure(model, texts, everything.replace(prefill_mass=0.3), base)
+    assert few["density"] < 1
+    assert few["mass"] < 1
+    assert few["kl"] > 0
+
+
 def test_flex_attention_is_measured_part_by_part_for_both_kinds_of_selection() -> None:
     rows = flex.measure(CASE, 128, [16], repeats=1, with_dense=False)
     by_name = {(row["what"], row.get("selection")): row for row in rows}
@@ -404,3 +464,13 @@ def test_what_flex_attention_is_measured_at_is_the_attention_over_its_selection(
     dense_expected = gather_attention(query, keys, values, every, scale=32**-0.5)
     output = flex.dense_flex(query, keys, values)()
     torch.testing.assert_close(output.view_as(dense_expected), dense_expected)
+
+
+def test_the_blocks_of_one_layer_are_those_that_a_picture_shows(model: Any) -> None:
+    ids = torch.randint(256, (1, 300), generator=torch.Generator().manual_seed(0))
+    settings = FierConfig(budget=64, dense_layers=1, prefill="sparse")
+    chosen = plot_blocks.choice(model, ids, settings, 1)
+    assert chosen.shape == (4, 3, 5)
+    assert chosen[:, :, 0].all()  # the sinks
+    with pytest.raises(SystemExit, match=r"those that have are \[1\]"):
+        plot_blocks.choice(model, ids, settings, 0)

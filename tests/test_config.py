@@ -22,6 +22,7 @@ INTEGERS = {  # and the least that each may be
     "refine": 0,
     "dense_layers": 0,
     "max_query_length": 1,
+    "mlp_chunk": 0,
     "seed": 0,
 }
 FLAGS = ("per_query_head", "compile", "offload", "prefetch")
@@ -51,6 +52,10 @@ def configs(draw: st.DrawFn) -> FierConfig:
         dense_layers=draw(st.integers(0, 100)),
         per_query_head=draw(st.booleans()),
         max_query_length=draw(st.integers(1, 10**6)),
+        mlp_chunk=draw(st.integers(0, 10**6)),
+        prefill=draw(st.sampled_from(("dense", "sparse"))),
+        prefill_mass=draw(st.floats(0, 1, exclude_min=True)),
+        prefill_scores=draw(st.sampled_from(("index", "keys"))),
         compile=draw(st.booleans()),
         offload=offload,
         hot_tokens=draw(st.none() | st.integers(budget, 3 * budget)),
@@ -115,13 +120,28 @@ def test_what_is_no_flag_is_refused_by_name(name: str, value: object) -> None:
 
 
 @given(
-    name=st.sampled_from(("index", "backend")),
+    name=st.sampled_from(("index", "backend", "prefill", "prefill_scores")),
     value=st.text() | st.none() | st.integers() | st.lists(st.integers(), max_size=2),
 )
 def test_an_unknown_choice_is_refused_by_name(name: str, value: object) -> None:
-    assume(value not in ("rotated", "fier", "auto", "reference", "triton", "flex"))
+    known = ("rotated", "fier", "auto", "reference", "triton", "flex")
+    assume(value not in (*known, "dense", "sparse", "index", "keys"))
     with pytest.raises(ConfigError, match=f"^unknown {name} .*choose from"):
         FierConfig(**{name: value})
+
+
+@given(st.floats().filter(lambda x: not 0 < x <= 1) | st.integers().filter(lambda x: x != 1))
+def test_a_share_out_of_range_is_refused_by_name(value: float) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^prefill_mass=.* out of range: .*above 0 and at most 1"
+    ):
+        FierConfig(prefill_mass=value)
+
+
+@given(st.booleans() | st.none() | st.text() | st.lists(st.integers(), max_size=2))
+def test_what_is_no_number_is_no_share(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^prefill_mass must be a number"):
+        FierConfig(prefill_mass=value)
 
 
 @given(sinks=st.integers(1, 50), recent=st.integers(1, 50), data=st.data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,13 @@ from fierpatch.cache.checks import check_fit
 from fierpatch.cache.facts import Observer
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
+from fierpatch.errors import NotYetSupportedError
 from fierpatch.hot_set import HotSet
+from fierpatch.ops.operators import choose_backend
 from fierpatch.query_estimate import QueryEstimate
+
+if TYPE_CHECKING:
+    from fierpatch.flex import BlockObserver
 
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
 
@@ -56,6 +62,7 @@ class LayerCache(LayerBuffers):
         # For prompts that are compiled too: then masks are made for the whole capacity.
         self.hands_out_all = False
         self.observer: Observer | None = None
+        self.block_observer: BlockObserver | None = None
         self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
         self.has_previous = False  # whether it has one before it that is ours
         self._estimate: QueryEstimate | None = None  # of the next one, to be fetched for
@@ -159,6 +166,54 @@ class LayerCache(LayerBuffers):
         if self.observer is not None and token_indices is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
+
+    def attend_prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        visible: Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Sparse attention of a prompt that is indexed; see `fierpatch.flex.sparse_attention`.
+
+        Args:
+            query: ``[B, Hq, T, D]``.
+            keys, values: what `update` returned.
+            visible: bool ``[B, 1, T or 1, S]``, beside causality; None means every token.
+            scale, softcap, sink_logits: as in `attend`.
+
+        Returns:
+            ``[B, T, Hq, Dv]``.
+
+        Raises:
+            NotYetSupportedError: the prompt is compiled, or in a graph.
+        """
+        if self.index is None or not self._is_known(query) or _is_recorded(query):
+            raise NotYetSupportedError(
+                'prefill="sparse" reads lengths on the host, and this prompt is compiled (as '
+                "prefill_chunk_size of generate does over a static cache): use a cache that "
+                'grows, or prefill="dense"'
+            )
+        # Not before it is needed: this imports PyTorch's compiler.
+        from fierpatch.flex import Operands, PrefillSettings, estimated_keys, sparse_attention
+
+        config = self.config
+        is_cuda = keys.device.type == "cuda"
+        backend = choose_backend(config, keys, values) if is_cuda else "reference"
+        estimates = keys
+        if config.prefill_scores == "index":
+            estimates = estimated_keys(self.index, self.state, keys.shape[2], query.dtype)
+        return sparse_attention(
+            Operands(query, keys, values, scale, softcap, sink_logits, visible),
+            estimates,
+            PrefillSettings(config.prefill_mass, config.budget, config.sinks, config.recent),
+            backend=backend,
+            observer=self.block_observer,
+        )
 
     def prefetch(self, estimate: QueryEstimate) -> None:
         """Fetch what the next step will probably select; no result depends on it.

@@ -34,7 +34,8 @@ def demo(arguments: argparse.Namespace) -> None:
     with _loaded(arguments, cpu_dtype="float32") as (model, tokenizer):
         questions = demo_prompts(tokenizer)
         with fierpatch.apply(model, settings) as handle:
-            _say("Reading a text in which three facts are hidden, once and densely ...", end=" ")
+            how = "densely" if settings.prefill == "dense" else "sparsely"
+            _say(f"Reading a text in which three facts are hidden, once and {how} ...", end=" ")
             reading = Reading(handle, tokenizer, questions)
             _say(f"{reading.num_tokens:,} tokens in {reading.seconds:.1f} s")
             answers: dict[str, list[Answer]] = {how: [] for how in HOWS}

@@ -102,7 +102,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
             continue
         if field.default is not None:
             text += f" (default {field.default})"
-        kind: Callable[[str], int | str] = str if isinstance(field.default, str) else int
+        kind: Callable[[str], float | str] = int
+        if isinstance(field.default, str | float):
+            kind = type(field.default)
         metavar = "NAME" if kind is str else "N"
         if field.type == "int | str":
             kind, metavar = _number_or_name, "N|NAME"

@@ -79,7 +79,8 @@ def verify(
 
     The dense model continues the prompt greedily; the patched one then reads the same continuation,
     token by token, and each of its predictions is set against the dense one. The prompt is read
-    once. The model is left as it was found, patched or not, whatever happens.
+    once, for both: with ``prefill="sparse"`` both start from a sparse prefill. The model is left as
+    it was found, patched or not, whatever happens.
 
     Args:
         model: as in `apply`. Where it is patched, the settings of that patch are the defaults.

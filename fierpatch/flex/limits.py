@@ -11,8 +11,8 @@ from torch import Tensor
 from fierpatch.errors import BackendError, ShapeError
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LEAST_HEAD_DIM = 16  # of a tl.dot
-_MOST_HEAD_DIM = 256  # beyond it a tile of keys and values leaves no shared memory
+LEAST_HEAD_DIM = 16  # of a tl.dot
+MOST_HEAD_DIM = 256  # beyond it a tile of keys and values leaves no shared memory
 MOST_ROWS = 127  # queries of a head that the decode kernel takes; more are the prefill kernel's
 
 
@@ -50,10 +50,10 @@ def check_layer(key: Tensor, value: Tensor, *, is_compiled: bool) -> None:
             f"float16 and float32 {where}; {rest}"
         )
     for name, size in (("keys", key.shape[3]), ("values", value.shape[3])):
-        if device == "cuda" and not _LEAST_HEAD_DIM <= size <= _MOST_HEAD_DIM:
+        if device == "cuda" and not LEAST_HEAD_DIM <= size <= MOST_HEAD_DIM:
             raise BackendError(
                 f'backend="flex" cannot run on {name} of head_dim {size}: on CUDA FlexAttention '
-                f"takes {_LEAST_HEAD_DIM} to {_MOST_HEAD_DIM}; {rest}"
+                f"takes {LEAST_HEAD_DIM} to {MOST_HEAD_DIM}; {rest}"
             )
 
 

@@ -13,19 +13,22 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fierpatch.cache import MARK, LayerCache
+from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError, ShapeError, UnsupportedModelError
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
+_MASK_AT_ONCE = 1 << 26  # elements of a mask that are looked at together
 
-def register(name: str, base: str, max_query_length: int) -> None:
+
+def register(name: str, base: str, settings: FierConfig) -> None:
     """Register the pair of functions of one patch.
 
     transformers asks for the mask function under the same name as the attention function; without
     one it would pass no mask at all.
     """
-    AttentionInterface.register(name, _make_attention(base, max_query_length))
-    AttentionMaskInterface.register(name, _make_mask(base, max_query_length))
+    AttentionInterface.register(name, _make_attention(base, settings))
+    AttentionMaskInterface.register(name, _make_mask(base, settings.max_query_length))
 
 
 def unregister(name: str) -> None:
@@ -34,7 +37,9 @@ def unregister(name: str) -> None:
     AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _make_attention(base: str, max_query_length: int) -> Attention:
+def _make_attention(base: str, settings: FierConfig) -> Attention:
+    max_query_length, is_sparse_prefill = settings.max_query_length, settings.prefill == "sparse"
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -45,22 +50,28 @@ def _make_attention(base: str, max_query_length: int) -> Attention:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Retrieval for short queries over one of our layers, else the base implementation."""
+        """Retrieval for short queries over one of our layers, else the base implementation.
+
+        Or sparse prefill, for longer ones over a layer with an index.
+        """
         layer = _layer_of(key, value)
         is_short = query.shape[2] <= max_query_length
+        if is_sparse_prefill and not is_short and layer is not None and not layer.is_dense:
+            _check_outputs(base, kwargs)
+            _check_bias(module, kwargs)
+            visible = to_visible(attention_mask, module, query.shape[2])
+            layer.index_prompt(query, key)
+            logit_arguments = _logit_arguments(base, query, scaling, kwargs)
+            return layer.attend_prompt(query, key, value, visible=visible, **logit_arguments), None
         if layer is not None and is_short:
             if not layer.is_dense:
                 _check_retrievable(module, attention_mask, kwargs)
                 _check_outputs(base, kwargs)
             if not layer.is_dense or _is_plain(base, attention_mask, kwargs):
-                # SDPA ignores both, and a patched model must agree with the unpatched one.
-                is_sdpa = base == "sdpa"
                 output = layer.attend(
                     query,
                     visible=attention_mask,
-                    scale=float(scaling if scaling is not None else query.shape[3] ** -0.5),
-                    softcap=0.0 if is_sdpa else float(kwargs.get("softcap") or 0.0),
-                    sink_logits=None if is_sdpa else kwargs.get("s_aux"),
+                    **_logit_arguments(base, query, scaling, kwargs),
                 )
                 if output is not None:
                     return output, None
@@ -97,12 +108,78 @@ def _layer_of(key: Tensor, value: Tensor) -> LayerCache | None:
     return mark() if mark is not None and is_whole else None
 
 
-def _check_retrievable(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _logit_arguments(
+    base: str, query: Tensor, scaling: float | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What becomes of ``q . k`` before the softmax, as our layers take it."""
+    # SDPA ignores both, and a patched model must agree with the unpatched one.
+    is_sdpa = base == "sdpa"
+    return {
+        "scale": float(scaling if scaling is not None else query.shape[3] ** -0.5),
+        "softcap": 0.0 if is_sdpa else float(kwargs.get("softcap") or 0.0),
+        "sink_logits": None if is_sdpa else kwargs.get("s_aux"),
+    }
+
+
+def to_visible(mask: Tensor | None, module: nn.Module, num_queries: int) -> Tensor | None:
+    """The base's mask of a prompt as a boolean one, which causality comes on top of.
+
+    A mask of rows that only causality and padding make different is one of padding. To know that,
+    the host waits for the device once.
+
+    Args:
+        mask: None, padding ``[B, S]``, or ``[B, 1, T, S]``, boolean or added to the logits.
+        module: the attention, for messages.
+        num_queries: T.
+
+    Returns:
+        bool ``[B, 1, T or 1, S]``, or None where every token is visible.
+
+    Raises:
+        ShapeError: the mask has another form.
+        UnsupportedModelError: it shows tokens that come later, so the model is not causal.
+    """
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask.bool()[:, None, None]
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != num_queries:
+        raise ShapeError(
+            f"sparse prefill needs a mask [B, 1, {num_queries}, S] or padding [B, S], got one of "
+            f'shape {tuple(mask.shape)}: pass such a one, or apply with prefill="dense"'
+        )
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    last = visible[:, :, -1:]
+    token = torch.arange(visible.shape[3], device=mask.device)
+    row = token[visible.shape[3] - num_queries :, None]
+    is_later, is_padding = visible.new_zeros(()), visible.new_ones(())
+    rows_at_once = max(_MASK_AT_ONCE // visible[:, :, 0].numel(), 1)
+    for start in range(0, num_queries, rows_at_once):
+        part = slice(start, start + rows_at_once)
+        causal = token <= row[part]
+        is_later |= (visible[:, :, part] & ~causal).any()
+        is_padding &= (visible[:, :, part] == (last & causal)).all()
+    has_later, has_padding, is_whole = torch.stack((is_later, is_padding, last.all())).tolist()
+    if has_later:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was given a mask that lets tokens see later ones, and sparse "
+            'prefill is causal: apply with prefill="dense"'
+        )
+    if not has_padding:
+        return visible
+    return None if is_whole else last
+
+
+def _check_bias(module: nn.Module, kwargs: dict[str, Any]) -> None:
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} adds a position bias to its logits, which the key index "
-            "cannot score: remove the patch, or decode under handle.disabled()"
+            "cannot score: remove the patch, or run it under handle.disabled()"
         )
+
+
+def _check_retrievable(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    _check_bias(module, kwargs)
     if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1):
         raise ShapeError(
             f"retrieval needs a boolean mask [B, 1, T, S], got {mask.dtype} of shape "

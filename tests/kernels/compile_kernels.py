@@ -28,7 +28,15 @@ from triton.runtime.jit import create_function_from_signature
 
 from fierpatch.hot_set import HotSet
 from fierpatch.index import FierIndex, KeyIndex, RotatedIndex
-from fierpatch.kernels import append, attention, launch, project, residency, retrieve
+from fierpatch.kernels import (
+    append,
+    attention,
+    block_masses,
+    launch,
+    project,
+    residency,
+    retrieve,
+)
 from fierpatch.kernels import shape as sizes
 from fierpatch.kernels.logits import Logits
 from fierpatch.rows import split
@@ -139,6 +147,12 @@ def decode(
     attention.gather_attention(
         query, keys, values, token_indices, scale=scale, softcap=softcap,
         sink_logits=sink_logits, counters=counters if has_counters else None, hot=placed,
+    )  # fmt: skip
+    # Of a prompt as many queries, which see what there is.
+    block_masses.block_masses(
+        query, keys, torch.full((num_queries,), length - 1), logits,
+        None if visible is None else zeros(batch_size, 1, num_queries, capacity, dtype=torch.bool),
+        key_block=64,
     )  # fmt: skip
 
 

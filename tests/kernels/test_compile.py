@@ -29,7 +29,7 @@ ALLOWED_STACK = {
         "fier_scores_kernel fier 128 bfloat16": 16,
     },
 }
-HOT = {  # what a step of an index launches, at the least
+HOT = {  # what a step of an index launches, at the least, and its prefill
     "append_kernel",
     "query_kernel",
     "rotated_scores_kernel",
@@ -43,6 +43,7 @@ HOT = {  # what a step of an index launches, at the least
     "place_kernel",
     "project_kernel",
     "gather_attention_kernel",
+    "block_masses_kernel",
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ guide, 17.3)
 
