@@ -25,7 +25,6 @@ from bench import (
     generate,
     offload,
     plot,
-    plot_blocks,
     prefill_index,
     prefill_quality,
     residency,
@@ -464,13 +463,3 @@ def test_what_flex_attention_is_measured_at_is_the_attention_over_its_selection(
     dense_expected = gather_attention(query, keys, values, every, scale=32**-0.5)
     output = flex.dense_flex(query, keys, values)()
     torch.testing.assert_close(output.view_as(dense_expected), dense_expected)
-
-
-def test_the_blocks_of_one_layer_are_those_that_a_picture_shows(model: Any) -> None:
-    ids = torch.randint(256, (1, 300), generator=torch.Generator().manual_seed(0))
-    settings = FierConfig(budget=64, dense_layers=1, prefill="sparse")
-    chosen = plot_blocks.choice(model, ids, settings, 1)
-    assert chosen.shape == (4, 3, 5)
-    assert chosen[:, :, 0].all()  # the sinks
-    with pytest.raises(SystemExit, match=r"those that have are \[1\]"):
-        plot_blocks.choice(model, ids, settings, 0)

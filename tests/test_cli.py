@@ -49,14 +49,16 @@ def test_the_version_is_printed(run: Any) -> None:
     assert run("--version") == (0, f"fierpatch {fierpatch.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["estimate"], ["verify"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["generate"], ["estimate"], ["verify"], ["plot"]]
+)
 def test_help_is_there(run: Any, command: list[str]) -> None:
     status, out, err = run(*command, "--help")
     assert (status, err) == (0, "")
     assert out.startswith("usage: fierpatch")
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "estimate", "verify"])
+@pytest.mark.parametrize("command", ["demo", "generate", "estimate", "verify", "plot"])
 def test_every_setting_is_an_option_and_described(run: Any, command: str) -> None:
     _, out, _ = run(command, "--help")
     described = options._described_fields()
@@ -93,6 +95,8 @@ def test_the_module_is_the_command() -> None:
         ["verify", "--model", "m", "--prompt", "a", "--dtype", "int8"],
         ["estimate", "--model", "m"],
         ["estimate", "--model", "m", "--context", "-5"],
+        ["plot", "--model", "m", "--prompt", "a"],
+        ["plot", "--model", "m", "--prompt", "a", "--layer", "-1"],
     ],
     ids=" ".join,
 )
@@ -280,6 +284,53 @@ def test_verify_prints_the_verification(run: Any, folder: Path) -> None:
     options = ["--max-new-tokens", 5, "--budget", 40, "--sinks", 2]
     printed = run("verify", "--model", folder, "--prompt", PROMPT, *options)
     assert printed == (0, f"{wanted}\n", "")
+
+
+def test_plot_draws_the_blocks_that_are_attended(run: Any, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "blocks.svg"
+    command = ["plot", "--model", folder, "--prompt", PROMPT, "--layer", 3, "--output", path]
+    status, out, err = run(*command, "--budget", 64, "--head", 2, "--prefill-mass", 0.3)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{path}: ")
+    assert out.endswith(f"% of the causal blocks of {len(PROMPT)} tokens\n")
+    assert path.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--layer", "0"], "those that do are [2, 3]"),
+        (["--layer", "4"], "those that do are [2, 3]"),
+        (["--layer", "2", "--head", "99"], "--head 99"),
+        (["--layer", "2", "--prefill", "dense"], 'prefill="sparse"'),
+        (["--layer", "2", "--output", "blocks.abc"], ".svg"),
+        (["--layer", "2", "--output", "no/such/folder.svg"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_picture_that_cannot_be_drawn_is_told_in_one_line(
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str],
+    hint: str,
+) -> None:  # fmt: skip
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    command = ["plot", "--model", folder, "--prompt", PROMPT, "--budget", 64]
+    status, out, err = run(*command, *options)
+    assert (status, out) == (1, "")
+    assert_is_one_error(err)
+    assert hint in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_without_matplotlib_is_told_in_one_line(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = run("plot", "--model", folder, "--prompt", PROMPT, "--layer", 2)
+    assert (status, out) == (1, "")
+    assert_is_one_error(err)
+    assert "fierpatch[plot]" in err
 
 
 def test_the_weights_are_of_the_asked_dtype(run: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each command does: demo, generate, estimate, verify."""
+"""What each command does: demo, generate, estimate, verify, plot."""
 
 from __future__ import annotations
 
@@ -107,6 +107,28 @@ def verify(arguments: argparse.Namespace) -> None:
     with _loaded(arguments) as (model, tokenizer):
         num_steps = arguments.max_new_tokens
         print(fierpatch.verify(model, tokenizer, text, max_new_tokens=num_steps, config=settings))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw which blocks of a text the sparse prefill of a layer and query head attends."""
+    settings = _settings(arguments, prefill="sparse")
+    text = _prompt(arguments)
+    import torch
+
+    from fierpatch.evaluate.block_plot import block_names, plot_blocks, prompt_blocks
+
+    with _loaded(arguments) as (model, tokenizer):
+        ids = _encode(tokenizer, text, is_chat=False)
+        input_ids = torch.tensor([ids], device=model.device)
+        heads = prompt_blocks(model, input_ids, settings, arguments.layer)
+    if arguments.head >= len(heads):
+        raise ConfigError(
+            f"--head {arguments.head}: the layer has query heads 0 to {len(heads) - 1}"
+        )
+    title = f"layer {arguments.layer}, query head {arguments.head}, mass {settings.prefill_mass}"
+    names = block_names(tokenizer, ids)
+    density = plot_blocks(heads[arguments.head], names, title, arguments.output)
+    _say(f"{arguments.output}: {density:.1%} of the causal blocks of {len(ids):,} tokens")
 
 
 @contextmanager

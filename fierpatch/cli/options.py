@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from fierpatch import __version__
@@ -62,21 +63,28 @@ def make_parser() -> argparse.ArgumentParser:
 
     verify = add("verify", commands.verify, "compare retrieval with dense decode")
     _add_model_and_prompt(verify, num_tokens=32)
+
+    plot = add("plot", commands.plot, "draw the blocks of a text that sparse prefill attends")
+    plot.add_argument("--layer", metavar="N", type=_not_negative, required=True)
+    plot.add_argument("--head", metavar="N", type=_not_negative, default=0, help="query head")
+    plot.add_argument("--output", metavar="FILE", type=Path, default=Path("blocks.png"))
+    _add_model_and_prompt(plot)
     return parser
 
 
-def _add_model_and_prompt(command: argparse.ArgumentParser, num_tokens: int) -> None:
+def _add_model_and_prompt(command: argparse.ArgumentParser, num_tokens: int | None = None) -> None:
     command.add_argument("--model", metavar="ID_OR_PATH", required=True)
     prompt = command.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
-    command.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=_positive,
-        default=num_tokens,
-        help=f"tokens to decode at most (default {num_tokens})",
-    )
+    if num_tokens is not None:
+        command.add_argument(
+            "--max-new-tokens",
+            metavar="N",
+            type=_positive,
+            default=num_tokens,
+            help=f"tokens to decode at most (default {num_tokens})",
+        )
     _add_placement(command)
     _add_settings(command)
 
@@ -134,4 +142,11 @@ def _positive(text: str) -> int:
     return number
 
 
-_positive.__name__ = "number"  # what argparse calls it
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+_positive.__name__ = _not_negative.__name__ = "number"  # what argparse calls them
