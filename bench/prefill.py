@@ -10,7 +10,6 @@ what a model has.
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fierpatch
+from bench import prefill_index
 from bench.options import add_index, index_settings
 from bench.rows import reason, save, table
 from bench.synthetic import SHAPES, random_llama
-from bench.timing import summary, synchronize
+from bench.timing import summary
 from fierpatch import FierConfig
 from fierpatch.flex.blocks import KEY_BLOCK
 from fierpatch.patching import current_handle
@@ -138,18 +138,8 @@ def causal_blocks(span: Any) -> Tensor:
 
 def timed(model: Any, cache: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
     """Milliseconds of one prefill, and its peak memory where the device counts it."""
-    is_cuda = model.device.type == "cuda"
-    before = 0
-    if is_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    synchronize(str(model.device))
-    start = time.perf_counter()
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    synchronize(str(model.device))
-    milliseconds = (time.perf_counter() - start) * 1e3
-    if not is_cuda:
+    milliseconds, beside = prefill_index.prefill(model, cache, ids)
+    if model.device.type != "cuda":
         return milliseconds, {}
     peak = torch.cuda.max_memory_allocated()
-    return milliseconds, {"peak_gib": peak / 2**30, "beside_gib": (peak - before) / 2**30}
+    return milliseconds, {"peak_gib": peak / 2**30, "beside_gib": beside / 2**30}

@@ -127,6 +127,35 @@ def test_each_offloaded_layer_is_asked_once_a_step_and_never_for_a_prompt(
             assert layers == [cache.stores[2], cache.stores[3]] * step
 
 
+def test_rope_of_a_step_is_worked_out_for_its_first_estimate_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A query with a norm is estimated whole, so there is none to share."""
+    prefetch = LayerCache.prefetch
+    recorded: list[QueryEstimate] = []
+
+    def record(layer: LayerCache, estimate: QueryEstimate) -> None:
+        recorded.append(estimate)
+        prefetch(layer, estimate)
+
+    monkeypatch.setattr(LayerCache, "prefetch", record)
+    for family in ("llama", "qwen3"):
+        recorded.clear()
+        model = tiny_model(family)
+        with fierpatch.apply(model, SETTINGS):
+            model.generate(prompt(40), max_new_tokens=4)
+        rotations = [estimate.rotation for estimate in recorded]
+        steps = [rotations[start : start + 3] for start in range(0, len(rotations), 3)]
+        assert len(steps) == 3
+        if family == "qwen3":
+            assert not any(estimate.weight is not None for estimate in recorded)
+            continue
+        for step in steps:
+            assert step[0] is not None
+            assert all(rotation is step[0] for rotation in step)
+        assert steps[0][0] is not steps[1][0]
+
+
 def test_only_a_cache_that_is_to_fetch_ahead_is_asked(estimates: Estimates) -> None:
     model = tiny_model("llama")
     resident = SETTINGS.replace(prefetch=False, offload=False)
