@@ -77,7 +77,7 @@ def _gather_fake(
     """What `_gather` returns, without the numbers."""
     batch_size, num_lists, num_queries, width = token_indices.shape
     lead = (batch_size, num_lists * num_queries)
-    num_rows = width + with_sink
+    num_rows = width + int(with_sink)  # which a symbol does not add as a bool
     return (
         keys.new_empty((*lead, num_rows, keys.shape[3])),
         values.new_empty((*lead, num_rows, values.shape[3])),
