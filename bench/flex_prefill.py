@@ -26,7 +26,7 @@ from bench.rows import reason, save, table
 from bench.timing import queued, summary
 from fierpatch import ops
 from fierpatch.flex import Operands, PrefillSettings, Span, estimated_keys, sparse_attention
-from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK
+from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK, candidate_blocks
 from fierpatch.flex.prefill import chosen_spans
 from fierpatch.index import RotatedIndex
 
@@ -221,8 +221,7 @@ def held(operands: Operands, choices: list[tuple[Span, Tensor]]) -> dict[str, fl
     token = torch.arange(length, device=query.device)
     rows = torch.linspace(0, length - 1, MEASURED).long().tolist()
     for span, chosen in choices:
-        start = torch.arange(span.num_key_blocks, device=query.device) * KEY_BLOCK
-        causal += chosen.shape[1] * float((start <= span.bounds[1][:, None]).sum())
+        causal += chosen.shape[1] * float(candidate_blocks(span).sum())
         total += float(chosen.sum())
         for row in rows:
             if not span.rows.start <= row < span.rows.stop:

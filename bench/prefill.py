@@ -25,7 +25,7 @@ from bench.rows import reason, save, table
 from bench.synthetic import SHAPES, random_llama
 from bench.timing import summary
 from fierpatch import FierConfig
-from fierpatch.flex.blocks import KEY_BLOCK
+from fierpatch.flex.blocks import candidate_blocks
 from fierpatch.patching import current_handle
 
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -119,7 +119,7 @@ def prefill(model: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
     counts: list[Tensor] = []
 
     def count(span: Any, chosen: Tensor) -> None:
-        counts.append(torch.stack([chosen.sum(), chosen.shape[1] * causal_blocks(span)]))
+        counts.append(torch.stack([chosen.sum(), chosen.shape[1] * candidate_blocks(span).sum()]))
 
     for store in cache.stores.values():
         store.block_observer = count
@@ -128,12 +128,6 @@ def prefill(model: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
         chosen, causal = torch.stack(counts).sum(0).tolist()
         columns["density"] = chosen / causal
     return milliseconds, columns
-
-
-def causal_blocks(span: Any) -> Tensor:
-    """Blocks of keys that a span could attend, of one query head."""
-    start = torch.arange(span.num_key_blocks, device=span.device) * KEY_BLOCK
-    return (start <= span.bounds[1][:, None]).sum()
 
 
 def timed(model: Any, cache: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:

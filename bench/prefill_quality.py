@@ -25,7 +25,7 @@ from fierpatch import FierConfig
 from fierpatch.evaluate import metrics, smollm2, tasks
 from fierpatch.evaluate.texts import persuasion
 from fierpatch.flex import Span
-from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK
+from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK, candidate_blocks
 from fierpatch.hf.checkpoints import load
 
 COLUMNS = ["scores", "prefill_mass", "density", "mass", "mass_p5", "perplexity", "over_dense", "kl"]
@@ -110,9 +110,7 @@ class Held:
 
     def count(self, query: Tensor, keys: Tensor, span: Span, chosen: Tensor, scale: float) -> None:
         """Add one span of queries, of a prompt without padding."""
-        _, high = span.bounds
-        start = torch.arange(span.num_key_blocks, device=query.device) * KEY_BLOCK
-        self.causal += chosen.shape[1] * float((start <= high[:, None]).sum())
+        self.causal += chosen.shape[1] * float(candidate_blocks(span).sum())
         self.chosen += float(chosen.sum())
         groups = query.shape[1] // keys.shape[1]
         token = torch.arange(span.length, device=query.device)

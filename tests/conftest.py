@@ -6,7 +6,9 @@ environment variable CI is set) and `thorough`; choose by ``--hypothesis-profile
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,6 +38,15 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()  # Hypothesis keeps a weak reference
 register_random(TORCH_RANDOM)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Without the cyclic collector, only reference counts free memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -274,15 +272,6 @@ def rows(
 
 def query_of(count: int, batch_size: int = 1) -> Tensor:
     return torch.randn(batch_size, NUM_KV_HEADS * NUM_GROUPS, count, HEAD_DIM)
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Without the cyclic collector, only reference counts free memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")

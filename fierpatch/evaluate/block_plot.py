@@ -12,7 +12,7 @@ from torch import Tensor
 from fierpatch.config import FierConfig
 from fierpatch.errors import ConfigError, MissingDependencyError
 from fierpatch.flex import Span
-from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK
+from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK, candidate_blocks
 from fierpatch.patching import apply
 
 _WORDS = 4  # tokens that name a block of queries
@@ -89,8 +89,8 @@ def plot_blocks(chosen: Tensor, names: Sequence[str], title: str, path: Path) ->
     from matplotlib.figure import Figure
 
     rows, columns = chosen.shape
-    last = (torch.arange(rows)[:, None] + 1) * QUERY_BLOCK
-    is_causal = torch.arange(columns) * KEY_BLOCK < last
+    length = columns * KEY_BLOCK
+    is_causal = candidate_blocks(Span(length, length, 0, rows, chosen.device))[0, 0]
     density = int(chosen.sum()) / int(is_causal.sum())
     shades = torch.where(chosen, 0.0, torch.where(is_causal, 0.85, 1.0))
     size = max(5.0, 2.5 + _INCHES * columns / 1.5), max(3.0, 1.0 + _INCHES * rows)

@@ -49,11 +49,26 @@ def check_layer(key: Tensor, value: Tensor, *, is_compiled: bool) -> None:
             f'backend="flex" cannot run on keys of {key.dtype}: FlexAttention takes bfloat16, '
             f"float16 and float32 {where}; {rest}"
         )
-    for name, size in (("keys", key.shape[3]), ("values", value.shape[3])):
-        if device == "cuda" and not LEAST_HEAD_DIM <= size <= MOST_HEAD_DIM:
+    if device == "cuda":
+        check_head_dims('backend="flex"', key, value, remedy=rest)
+
+
+def check_head_dims(option: str, keys: Tensor, values: Tensor, *, remedy: str) -> None:
+    """Check that FlexAttention has a kernel for these keys and values on CUDA.
+
+    Args:
+        option: what asks for it, for the message.
+        keys, values: ``[B, H, S, D]`` and ``[B, H, S, Dv]``.
+        remedy: what to do instead, for the message.
+
+    Raises:
+        BackendError: it has none.
+    """
+    for name, size in (("keys", keys.shape[3]), ("values", values.shape[3])):
+        if not LEAST_HEAD_DIM <= size <= MOST_HEAD_DIM:
             raise BackendError(
-                f'backend="flex" cannot run on {name} of head_dim {size}: on CUDA FlexAttention '
-                f"takes {LEAST_HEAD_DIM} to {MOST_HEAD_DIM}; {rest}"
+                f"{option} cannot run on {name} of head_dim {size}: FlexAttention takes "
+                f"{LEAST_HEAD_DIM} to {MOST_HEAD_DIM} on CUDA; {remedy}"
             )
 
 

@@ -20,12 +20,12 @@ from fierpatch.flex.blocks import (
     rows_visible,
     sampled_masses,
 )
+from fierpatch.flex.limits import check_head_dims
 from fierpatch.flex.span_attention import (
     ELEMENTS_AT_ONCE,
     Operands,
     attend_flex,
     attend_reference,
-    check_sizes,
 )
 from fierpatch.index import KeyIndex
 from fierpatch.index.packing import TILE_SIZE, num_tiles
@@ -83,7 +83,8 @@ def sparse_attention(
         BackendError: kernels were asked for, and FlexAttention has none for such keys and values.
     """
     if backend != "reference":
-        check_sizes(operands)
+        remedy = 'apply with prefill="dense", or with backend="reference"'
+        check_head_dims('prefill="sparse"', operands.keys, operands.values, remedy=remedy)
     query, values = operands.query, operands.values
     batch_size, num_query_heads, num_queries, _ = query.shape
     output = query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, flex_attention
 
-from fierpatch.errors import BackendError
 from fierpatch.flex.block_mask import block_mask_of
 from fierpatch.flex.blocks import KEY_BLOCK, QUERY_BLOCK, Span, rows_visible, whole_blocks
-from fierpatch.flex.limits import LEAST_HEAD_DIM, MOST_HEAD_DIM
 from fierpatch.flex.masks import (
     MaskMod,
     QueryLayout,
@@ -84,21 +82,6 @@ def attend_reference(operands: Operands, span: Span, chosen: Tensor) -> Tensor:
         )  # fmt: skip
         outputs.append(attended)
     return torch.cat(outputs, dim=2)
-
-
-def check_sizes(operands: Operands) -> None:
-    """Check that FlexAttention has a kernel for these keys and values on CUDA.
-
-    Raises:
-        BackendError: it has none.
-    """
-    for name, size in (("keys", operands.keys.shape[3]), ("values", operands.values.shape[3])):
-        if not LEAST_HEAD_DIM <= size <= MOST_HEAD_DIM:
-            raise BackendError(
-                f'prefill="sparse" met {name} of head_dim {size}, and FlexAttention takes '
-                f"{LEAST_HEAD_DIM} to {MOST_HEAD_DIM} on CUDA: apply with "
-                'prefill="dense", or with backend="reference"'
-            )
 
 
 def attend_flex(operands: Operands, span: Span, chosen: Tensor) -> Tensor:

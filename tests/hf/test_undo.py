@@ -7,7 +7,6 @@ import copy
 import functools
 import gc
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -361,21 +360,12 @@ def test_the_handle_of_a_deleted_model_says_so() -> None:
     assert "removed" in repr(handle)
 
 
-@pytest.fixture
-def _without_collector() -> Iterator[None]:
-    """Only reference counts free memory, as it should be for gigabytes of it."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def layer_caches() -> list[LayerCache]:
     """Every one alive."""
     return [each for each in gc.get_objects() if type(each) is LayerCache]
 
 
-@pytest.mark.usefixtures("_without_collector")
+@pytest.mark.usefixtures("no_collector")
 class TestMemory:
     @pytest.mark.parametrize("family", KINDS)
     @pytest.mark.parametrize("has_run", [False, True])

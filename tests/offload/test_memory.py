@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,6 @@ from fierpatch.offload.memory import HostMemory, available
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 MIB = 1 << 20
 PAGE = 2 * MIB
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Without the cyclic collector, only reference counts free memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def bytes_of(held: HostMemory) -> torch.Tensor:

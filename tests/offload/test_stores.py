@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -173,15 +172,6 @@ class TestStores(StoreMachine.TestCase):
     """Any sequence of calls leaves both equal to the rows they were given."""
 
     settings = settings(max_examples=30, stateful_step_count=12)
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Without the cyclic collector, only reference counts free memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def rows(count: int, batch_size: int = 2) -> tuple[Tensor, Tensor]:
