@@ -28,8 +28,8 @@ ELEMENTS_AT_ONCE = {"reference": 1 << 22, "triton": 1 << 26}
 
 # Kernels of one process: dtypes, head sizes, masks and caps, each for a fixed and for any length.
 _MOST_KERNELS = 64
-# By name, because another backend would be a silent fallback.
-_KERNEL_OPTIONS = {"BACKEND": "TRITON"}
+# Queries and keys of a tile, up to 128 channels and beyond: in three stages they fit an A100 too.
+_HALF_TILES, _FLOAT_TILES = ((128, 64), (64, 32)), ((32, 64), (32, 16))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def attend_flex(operands: Operands, span: Span, chosen: Tensor) -> Tensor:
     sinks need, and does not compile for lengths that vary (PyTorch 2.13).
     """
     query = operands.query[:, :, span.rows]
-    options: dict[str, Any] = {"kernel_options": _KERNEL_OPTIONS} if query.is_cuda else {}
+    options: dict[str, Any] = {"kernel_options": _kernel_options(operands)} if query.is_cuda else {}
     sinks = operands.sink_logits
     # A kernel for every length is made when the second one comes, and none after that.
     with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
@@ -109,6 +109,20 @@ def attend_flex(operands: Operands, span: Span, chosen: Tensor) -> Tensor:
     # A logit beside the tokens' takes its share of the weight and adds nothing.
     share = torch.sigmoid(found.lse - sinks.float()[:, None])
     return attended * share.unsqueeze(3).to(attended.dtype)
+
+
+def _kernel_options(operands: Operands) -> dict[str, Any]:
+    """What torch is told of the kernel on CUDA."""
+    # By its name, because another one would be a silent fallback.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    head_dims = {operands.keys.shape[3], operands.values.shape[3]}
+    if head_dims not in ({128}, {256}):
+        # Torch's own tiles are fit for these. Of 64 channels Hopper's have more keys than a block;
+        # and for widths that are no power of two they can be more than shared memory holds.
+        is_wide = max(head_dims) > 128
+        tiles = _HALF_TILES if operands.keys.element_size() == 2 else _FLOAT_TILES
+        options["BLOCK_M"], options["BLOCK_N"] = tiles[is_wide]
+    return options
 
 
 def span_mask(operands: Operands, span: Span, chosen: Tensor) -> BlockMask:

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 
 from fierpatch.errors import BackendError, ConfigError, ShapeError
 from fierpatch.flex import (
@@ -23,6 +24,7 @@ from fierpatch.flex import (
     choose_mode,
     selected_attention,
 )
+from fierpatch.flex.fused import kernel_options
 from fierpatch.flex.rows import gather_rows
 from fierpatch.reference import gather_attention, masked_attention
 from fierpatch.select import select
@@ -221,6 +223,30 @@ def test_what_makes_a_mask_may_be_compiled_as_it_is_on_cuda(
         else:
             for one, other in zip(compiled(*tensors), made(*tensors), strict=True):
                 assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_kernel_reads_the_words_that_were_made_in_its_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the open as on CUDA; cleared by a constant, the words would be compiled to be 0."""
+    monkeypatch.setattr("fierpatch.flex.selection.can_fuse", lambda like: True)
+    case = Attention(batch_size=1, num_groups=4, length=64, value_head_dim=64, width=8)
+    query, keys, _, lists = case.tensors(0)
+    values = torch.eye(64).expand(1, 2, 64, 64).contiguous()
+    layout = QueryLayout(8, 1, 4)
+
+    def weights(query: Tensor, keys: Tensor, values: Tensor, lists: Tensor) -> Any:
+        mask = SelectionMask.of(layout, lists, length=64, is_ascending=True)
+        options: Any = kernel_options(keys, values, 16)
+        return flex_attention(
+            query, keys, values, block_mask=mask.block_mask, kernel_options=options
+        )
+
+    compiled = torch.compile(weights, fullgraph=True, dynamic=False)
+    output = compiled(query.view(1, 2, 4, -1), keys, values, lists)
+    assert torch.equal(output > 0, lists_as_cells(lists, 2, 64).expand(1, 2, 4, 64))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
