@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ class LayerCache(LayerBuffers):
         self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
         self.has_previous = False  # whether it has one before it that is ours
         self._estimate: QueryEstimate | None = None  # of the next one, to be fetched for
-        # What a fetch was started by, and all that it needs.
-        self._started: tuple[QueryEstimate, list[Tensor]] | None = None
+        self._started: _Started | None = None
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
 
@@ -96,8 +95,12 @@ class LayerCache(LayerBuffers):
         is_prompt = key.shape[2] > self.config.max_query_length
         if is_prompt:
             self._join(key)
-        elif self._started is not None:
-            self.operators.await_placed(self.counters, self._started[1], key)
+        else:
+            if self._started is not None:
+                self.operators.await_placed(self.counters, self._started.kept, key)
+            following = self._following
+            if following is not None:
+                following._place_ahead(self.counters)
         if is_prompt and self._is_known(key):
             keys, values = self._store_prompt(key, value)
         else:
@@ -153,7 +156,6 @@ class LayerCache(LayerBuffers):
         rows = self._allocated.rows
         token_indices, rest = None, (sink_logits, scale, softcap)
         if self.is_dense:
-            self._start_next(query)
             output = self.operators.attend_all(query, rows, self.counters, visible, *rest)
         else:
             hot = self._hot_for(query) if self.is_offloaded else None
@@ -161,8 +163,11 @@ class LayerCache(LayerBuffers):
                 query, rows, self.state, self.counters, visible, *rest
             )
             self._join(token_indices)
-            self._start_next(token_indices)
             output = self.operators.attend(query, rows, token_indices, self.counters, *rest, hot)
+        following = self._following
+        if following is not None:
+            # Behind what this layer reads from the host itself.
+            following._fetch_ahead(output)
         if self.observer is not None and token_indices is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
@@ -218,8 +223,9 @@ class LayerCache(LayerBuffers):
     def prefetch(self, estimate: QueryEstimate) -> None:
         """Fetch what the next step will probably select; no result depends on it.
 
-        It starts when the layer before this one has selected, while that waits for its own rows, or
-        at once if it is none of ours.
+        It selects when the layer before this one stores its token, while small kernels leave the
+        device's memory idle, and fetches when that has attended, beside the weights that come then;
+        both at once if it is none of ours.
 
         Args:
             estimate: of the next step's query.
@@ -228,12 +234,18 @@ class LayerCache(LayerBuffers):
             return
         self._estimate = estimate
         if not self.has_previous:
-            self._start(None)
+            self._place_ahead(None)
+            self._fetch_ahead(None)
 
     @property
     def expected(self) -> QueryEstimate | None:
         """The estimate by which something is being fetched for this step."""
-        return None if self._started is None else self._started[0]
+        return None if self._started is None else self._started.estimate
+
+    @property
+    def _following(self) -> LayerCache | None:
+        """The next layer, if it is ours."""
+        return self.next() if self.next is not None else None
 
     def _is_known(self, like: Tensor) -> bool:
         """Whether the host knows of this prompt, so that it can be treated by its length."""
@@ -280,28 +292,40 @@ class LayerCache(LayerBuffers):
             self._make_hot(query.shape[1])
         return self.hot if query.shape[2] == 1 else None
 
-    def _start_next(self, before: Tensor) -> None:
-        """Have the next layer start, before what reads this tensor."""
-        following = self.next() if self.next is not None else None
-        if following is not None:
-            following._start(before)
-
-    def _start(self, before: Tensor | None) -> None:
-        """Start to fetch by the estimate, if there is one."""
+    def _place_ahead(self, before: Tensor | None) -> None:
+        """Start to select and place by the estimate, if there is one, before what changes this."""
         estimate = self._estimate
         self._join()
         if estimate is not None and self.hot is not None:
-            kept = self.operators.fetch_ahead(
-                estimate, self._allocated.rows, self.state, self.counters, self.hot, before
+            rows = self._allocated.rows
+            kept = self.operators.place_ahead(
+                estimate, rows, self.state, self.counters, self.hot, before
             )
-            self._started = estimate, kept
+            self._started = _Started(estimate, kept)
+
+    def _fetch_ahead(self, before: Tensor | None) -> None:
+        """Start to fetch what was placed, if anything was, before what reads this."""
+        started = self._started
+        if started is not None and not started.is_fetching and self.hot is not None:
+            self.operators.fetch_ahead(self._allocated.rows, self.hot, started.kept, before)
+            self._started = started._replace(is_fetching=True)
 
     def _join(self, after: Tensor | None = None) -> None:
         """Wait for what was started, before anything of it is used or changed."""
         self._estimate = None
+        self._fetch_ahead(None)  # what has a place has to come
         if self._started is not None and self.hot is not None:
-            (_, kept), self._started = self._started, None
-            self.operators.join(self.hot, kept, self.counters if after is None else after)
+            started, self._started = self._started, None
+            after = self.counters if after is None else after
+            self.operators.await_fetched(self.hot, started.kept, after)
+
+
+class _Started(NamedTuple):
+    """What a layer fetches ahead."""
+
+    estimate: QueryEstimate
+    kept: list[Tensor]  # what `Operators.place_ahead` gave
+    is_fetching: bool = False
 
 
 def _is_recorded(like: Tensor) -> bool:

@@ -108,7 +108,7 @@ class FlexOperators:
         )
         return output.transpose(1, 2).contiguous()
 
-    def fetch_ahead(
+    def place_ahead(
         self,
         estimate: QueryEstimate,
         rows: list[Tensor],
@@ -118,15 +118,21 @@ class FlexOperators:
         before: Tensor | None,
     ) -> list[Tensor]:
         """See `Operators`."""
-        return self.base.fetch_ahead(estimate, rows, state, counters, hot, before)
+        return self.base.place_ahead(estimate, rows, state, counters, hot, before)
+
+    def fetch_ahead(
+        self, rows: list[Tensor], hot: HotSet, kept: list[Tensor], before: Tensor | None
+    ) -> None:
+        """See `Operators`."""
+        self.base.fetch_ahead(rows, hot, kept, before)
 
     def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
         self.base.await_placed(counters, kept, after)
 
-    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
-        self.base.join(hot, kept, after)
+        self.base.await_fetched(hot, kept, after)
 
     def attend_all(
         self,

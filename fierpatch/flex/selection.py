@@ -189,9 +189,9 @@ def _select_in_place(
     is_used = token_indices >= 0
     tokens = token_indices.long()
     bit = torch.ones_like(tokens, dtype=torch.int32) << (tokens % WORD_SIZE).int()
-    # To 0, as no index is below -1. Were it said by a constant, a mask_mod in the same graph would be
-    # compiled to read that constant and not the words: Inductor inlines one into a graph of its own,
-    # where it does not know that it is written to later (torch 2.11 to 2.13, on CUDA).
+    # To 0, as no index is below -1. Were it said by a constant, a mask_mod in the same graph would
+    # be compiled to read that and not the words: Inductor inlines a constant into a graph within,
+    # which does not know that it is written to later (torch 2.11 to 2.13).
     words.copy_(tokens[..., :1] < -1)
     # The bits of a word are distinct, so that their sum is their union.
     words.scatter_add_(3, tokens.clamp_min(0) // WORD_SIZE, bit.masked_fill_(~is_used, 0))

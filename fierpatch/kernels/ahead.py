@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -16,10 +18,9 @@ from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.query_estimate import QueryEstimate
 
 
-def fetch_ahead(
+def place_ahead(
     shape: Shape,
     hot: HotSet,
-    paired: Tensor,
     estimate: QueryEstimate,
     state: list[Tensor],
     counters: Tensor,
@@ -27,24 +28,24 @@ def fetch_ahead(
     *,
     sinks: int,
     recent: int,
-) -> Tensor:
-    """Select by an estimate of the next step's query, and fetch what of it is missing.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select by an estimate of the next step's query, and give what of it is missing a place.
 
     Args:
         shape: of the retrieval.
-        hot, paired: the layer's, whose tokens may not be attended before `join`.
+        hot: the layer's, which may not be used before `fetch_ahead` and `await_fetched`.
         estimate: of the query, which is computed beside all else too.
         state, counters: the layer's, which nothing may change before `await_placed`.
 
     Returns:
-        Memory that, like the estimate's, must not be freed before `await_placed`.
+        Tokens and places, for `fetch_ahead`, and memory that must not be freed, like the estimate's,
+        before `await_placed`.
     """
     device = estimate.source.device
     # Of the stream that goes on, whose allocator would give it away again without a wait.
     room = estimate.source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
     scratch = Scratch.within(shape, room)
-
-    def select() -> tuple[Tensor, Tensor]:
+    with _on_side(device):
         # A selection wants a token at least; none is placed that is not there.
         lengths = counters.clamp(min=1)
         chosen = retrieve.retrieve(
@@ -57,18 +58,23 @@ def fetch_ahead(
             sinks=sinks,
             recent=recent,
         )
-        return residency.place(hot, chosen, counters), chosen
+        places = residency.place(hot, chosen, counters)
+        _record(_placed, device)
+    return chosen, places, room
 
-    if is_interpreted:
-        residency.fetch(hot, *select(), paired)
-        return room
-    side = side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        places, chosen = select()
-        _placed(device).record(side)
+
+def fetch_ahead(hot: HotSet, paired: Tensor, chosen: Tensor, places: Tensor) -> None:
+    """Fetch what `place_ahead` placed.
+
+    Apart from it, so that it starts behind what the layer at work reads from the host itself.
+
+    Args:
+        paired: the layer's rows.
+        chosen, places: not to be freed before `await_fetched`.
+    """
+    with _on_side(chosen.device):
         residency.fetch(hot, places, chosen, paired)
-    return room
+        _record(_fetched, chosen.device)
 
 
 def await_placed(like: Tensor) -> None:
@@ -76,19 +82,44 @@ def await_placed(like: Tensor) -> None:
 
     The fetch itself may go on: tokens that are stored do not change.
     """
-    if not is_interpreted:
-        torch.cuda.current_stream(like.device).wait_event(_placed(like.device))
+    _await(_placed, like.device)
 
 
-def join(like: Tensor) -> None:
+def await_fetched(like: Tensor) -> None:
     """Let the current stream of a tensor's device wait for what was fetched ahead."""
+    _await(_fetched, like.device)
+
+
+@contextmanager
+def _on_side(device: torch.device) -> Iterator[None]:
+    """Launch on the side stream what comes after all that was launched."""
+    if is_interpreted:
+        yield
+        return
+    side = side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def _record(event: Callable[[torch.device], torch.cuda.Event], device: torch.device) -> None:
     if not is_interpreted:
-        torch.cuda.current_stream(like.device).wait_stream(side_stream(like.device))
+        event(device).record(side_stream(device))
+
+
+def _await(event: Callable[[torch.device], torch.cuda.Event], device: torch.device) -> None:
+    if not is_interpreted:
+        torch.cuda.current_stream(device).wait_event(event(device))
+
+
+# Recorded on the side stream of a device; of the last layer, which those before it precede.
+@cache
+def _placed(device: torch.device) -> torch.cuda.Event:
+    return torch.cuda.Event()
 
 
 @cache
-def _placed(device: torch.device) -> torch.cuda.Event:
-    """Recorded on the side stream of a device; of the last fetch, which those before it precede."""
+def _fetched(device: torch.device) -> torch.cuda.Event:
     return torch.cuda.Event()
 
 

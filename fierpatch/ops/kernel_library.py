@@ -13,7 +13,7 @@ from torch import Tensor
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, residency, retrieve
-from fierpatch.kernels.ahead import await_placed, fetch_ahead, join
+from fierpatch.kernels.ahead import await_fetched, await_placed, fetch_ahead, place_ahead
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
@@ -47,18 +47,25 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    # Of these three ops' arguments some are named as changed to keep the compiler from putting off
+    # Of these four ops' arguments some are named as changed to keep the compiler from putting off
     # a start, or from waiting at once for what runs beside: who reads or changes them comes after.
-    "triton_fetch_ahead(Tensor source, Tensor? weight, Tensor? bias, Tensor? rotation, "
-    "Tensor paired, Tensor(a!)[] hot, Tensor[] state, Tensor(b!) counters, Tensor(c!)? before, "
+    "triton_place_ahead(Tensor source, Tensor? weight, Tensor? bias, Tensor? rotation, "
+    "Tensor(a!)[] hot, Tensor[] state, Tensor(b!) counters, Tensor(c!)? before, "
     f"{_INDEX}, int budget, int sinks, int recent, bool per_query_head, float scale, int refine) "
-    "-> Tensor",
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "triton_fetch_ahead(Tensor paired, Tensor(a!)[] hot, Tensor chosen, Tensor places, "
+    "Tensor(b!)? before) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
     "triton_await_placed(Tensor(a!) counters, Tensor[] kept, Tensor after) -> ()", tags=_TAGS
 )
-_LIBRARY.define("triton_join(Tensor(a!) tally, Tensor[] kept, Tensor(b!) after) -> ()", tags=_TAGS)
+_LIBRARY.define(
+    "triton_await_fetched(Tensor(a!) tally, Tensor[] kept, Tensor(b!) after) -> ()", tags=_TAGS
+)
 _LIBRARY.define(
     "triton_attend_all(Tensor query, Tensor[] rows, Tensor counters, "
     "Tensor(a!) arrivals, Tensor? visible, Tensor? sink_logits, float scale, float softcap) "
@@ -168,12 +175,11 @@ def _attend_hot(
     )  # fmt: skip
 
 
-def _fetch_ahead(
+def _place_ahead(
     source: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     rotation: Tensor | None,
-    paired: Tensor,
     hot: list[Tensor],
     state: list[Tensor],
     counters: Tensor,
@@ -189,23 +195,21 @@ def _fetch_ahead(
     per_query_head: bool,
     scale: float,
     refine: int,
-) -> Tensor:
-    """Start to fetch what an estimate of the next query selects; what is to be kept until then."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Start to place what an estimate of the next query selects: tokens, places, room to keep."""
     named = (index, bits, group_size, seed, refine_bits)
     estimate = QueryEstimate(source, weight, bias, rotation)
     shape = _shape_of(named, estimate.size, state, budget, per_query_head, refine)
-    return fetch_ahead(
-        shape, HotSet(*hot), paired, estimate, state, counters, Logits(scale),
-        sinks=sinks, recent=recent,
-    )  # fmt: skip
+    return place_ahead(
+        shape, HotSet(*hot), estimate, state, counters, Logits(scale), sinks=sinks, recent=recent
+    )
 
 
-def _fetch_ahead_fake(
+def _place_ahead_fake(
     source: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     rotation: Tensor | None,
-    paired: Tensor,
     hot: list[Tensor],
     state: list[Tensor],
     counters: Tensor,
@@ -221,22 +225,34 @@ def _fetch_ahead_fake(
     per_query_head: bool,
     scale: float,
     refine: int,
-) -> Tensor:
-    """What `_fetch_ahead` returns, without the numbers."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_place_ahead` returns, without the numbers."""
     named = (index, bits, group_size, seed, refine_bits)
     size = QueryEstimate(source, weight, bias, rotation).size
     shape = _shape_of(named, size, state, budget, per_query_head, refine)
-    return source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
+    lists = (size[0], shape.num_lists, 1, shape.width)
+    return (
+        source.new_empty(lists, dtype=torch.int64),
+        source.new_empty(lists, dtype=torch.int32),
+        source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8),
+    )
+
+
+def _fetch_ahead(
+    paired: Tensor, hot: list[Tensor], chosen: Tensor, places: Tensor, before: Tensor | None
+) -> None:
+    """Start to fetch what `_place_ahead` placed."""
+    fetch_ahead(HotSet(*hot), paired, chosen, places)
 
 
 def _await_placed(counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
-    """Wait until what `_fetch_ahead` started has read the index and the counters."""
+    """Wait until `_place_ahead` has read the index and the counters."""
     await_placed(counters)
 
 
-def _join(tally: Tensor, kept: list[Tensor], after: Tensor) -> None:
+def _await_fetched(tally: Tensor, kept: list[Tensor], after: Tensor) -> None:
     """Wait for all that `_fetch_ahead` started."""
-    join(tally)
+    await_fetched(tally)
 
 
 def _attend_all(
@@ -260,15 +276,17 @@ _LIBRARY.impl("triton_append", _append, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_retrieve", _retrieve, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_hot", _attend_hot, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_place_ahead", _place_ahead, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_fetch_ahead", _fetch_ahead, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_await_placed", _await_placed, "CompositeExplicitAutograd")
-_LIBRARY.impl("triton_join", _join, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_await_fetched", _await_fetched, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_fetch_ahead", _fetch_ahead_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_place_ahead", _place_ahead_fake, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_fetch_ahead", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_await_placed", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_join", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_await_fetched", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend_hot", attend_hot_fake, lib=_LIBRARY)

@@ -200,7 +200,7 @@ class KernelOperators:
             allocate=self._allocate, hot=placed,
         )  # fmt: skip
 
-    def fetch_ahead(
+    def place_ahead(
         self,
         estimate: QueryEstimate,
         rows: list[Tensor],
@@ -211,17 +211,24 @@ class KernelOperators:
     ) -> list[Tensor]:
         """See `Operators`. On a stream of its own."""
         settings = ahead_arguments(self.config, estimate)
-        rest = (rows[0], hot.tensors, state, counters, before, *settings)
-        room = torch.ops.fierpatch.triton_fetch_ahead.default(*estimate.arguments, *rest)
-        return [room, *estimate.tensors]
+        kept = torch.ops.fierpatch.triton_place_ahead.default(
+            *estimate.arguments, hot.tensors, state, counters, before, *settings
+        )
+        return [*kept, *estimate.tensors]
+
+    def fetch_ahead(
+        self, rows: list[Tensor], hot: HotSet, kept: list[Tensor], before: Tensor | None
+    ) -> None:
+        """See `Operators`. On that stream."""
+        torch.ops.fierpatch.triton_fetch_ahead.default(rows[0], hot.tensors, *kept[:2], before)
 
     def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
         torch.ops.fierpatch.triton_await_placed.default(counters, kept, after)
 
-    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_join.default(hot.tally, kept, after)
+        torch.ops.fierpatch.triton_await_fetched.default(hot.tally, kept, after)
 
     def attend_all(
         self,

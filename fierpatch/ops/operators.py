@@ -100,7 +100,7 @@ class Operators(Protocol):
             hot: of an offloaded layer, for one query; what is missing there is fetched.
         """
 
-    def fetch_ahead(
+    def place_ahead(
         self,
         estimate: QueryEstimate,
         rows: list[Tensor],
@@ -109,24 +109,34 @@ class Operators(Protocol):
         hot: HotSet,
         before: Tensor | None,
     ) -> list[Tensor]:
-        """Start to fetch what an estimate of the next query selects.
+        """Start to select by an estimate of the next query, and to place what is missing.
 
         Args:
             before: something whose readers the compiler has to leave behind the start.
 
         Returns:
-            What `await_placed` and `join` have to be given, before anything of the layer changes.
+            What the three below have to be given, before anything of the layer changes.
+        """
+
+    def fetch_ahead(
+        self, rows: list[Tensor], hot: HotSet, kept: list[Tensor], before: Tensor | None
+    ) -> None:
+        """Start to fetch what was placed.
+
+        Args:
+            kept: what `place_ahead` returned.
+            before: as there.
         """
 
     def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
-        """Wait until what `fetch_ahead` started has read index and counters, which may change then.
+        """Wait until `place_ahead` has read index and counters, which may change then.
 
         Args:
             kept: what it returned.
             after: something that is to be computed before the wait.
         """
 
-    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """Wait for all that `fetch_ahead` started; arguments as in `await_placed`.
 
         Args:
@@ -233,7 +243,7 @@ class ReferenceOperators:
             output = torch.ops.fierpatch.attend_hot.default(query, rows[0], hot.tensors, *rest)
         return output
 
-    def fetch_ahead(
+    def place_ahead(
         self,
         estimate: QueryEstimate,
         rows: list[Tensor],
@@ -242,15 +252,20 @@ class ReferenceOperators:
         hot: HotSet,
         before: Tensor | None,
     ) -> list[Tensor]:
-        """See `Operators`. Does it at once."""
+        """See `Operators`. Does it at once, and fetches too."""
         rest = (rows[0], hot.tensors, state, counters, *ahead_arguments(self.config, estimate))
         torch.ops.fierpatch.fetch_ahead.default(*estimate.arguments, *rest)
         return []
 
+    def fetch_ahead(
+        self, rows: list[Tensor], hot: HotSet, kept: list[Tensor], before: Tensor | None
+    ) -> None:
+        """See `Operators`."""
+
     def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
 
-    def join(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
 
     def attend_all(
@@ -273,7 +288,7 @@ def index_arguments(config: FierConfig) -> tuple[str, int, int, int, int]:
 
 
 def ahead_arguments(config: FierConfig, estimate: QueryEstimate) -> tuple[Any, ...]:
-    """The settings of `fetch_ahead`, as the library ops take them.
+    """The settings of `Operators.place_ahead`, as the library ops take them.
 
     The usual scale of the logits, without a cap: an estimate needs no more.
     """
