@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fierpatch.cache.buffers import LayerBuffers
 from fierpatch.cache.checks import check_fit
 from fierpatch.cache.facts import Observer
+from fierpatch.cache.prefetch import Prefetch
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.errors import NotYetSupportedError
 from fierpatch.hot_set import HotSet
 from fierpatch.ops.operators import choose_backend
-from fierpatch.query_estimate import QueryEstimate
 
 if TYPE_CHECKING:
     from fierpatch.flex import BlockObserver
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
 
 
-class LayerCache(LayerBuffers):
+class LayerCache(Prefetch):
     """K, V and key index of one full-attention layer.
 
     Growing caches allocate in buckets of 512 tokens and know their length on the host. Static ones
@@ -63,10 +62,6 @@ class LayerCache(LayerBuffers):
         self.hands_out_all = False
         self.observer: Observer | None = None
         self.block_observer: BlockObserver | None = None
-        self.next: weakref.ref[LayerCache] | None = None  # the model's next layer, if it is ours
-        self.has_previous = False  # whether it has one before it that is ours
-        self._estimate: QueryEstimate | None = None  # of the next one, to be fetched for
-        self._started: _Started | None = None
         # What travels on the returned tensors; a strong reference would be a cycle.
         self._mark = weakref.ref(self)
 
@@ -96,11 +91,8 @@ class LayerCache(LayerBuffers):
         if is_prompt:
             self._join(key)
         else:
-            if self._started is not None:
-                self.operators.await_placed(self.counters, self._started.kept, key)
-            following = self._following
-            if following is not None:
-                following._place_ahead(self.counters)
+            self._await_placed(key)
+            self._have_next_place()
         if is_prompt and self._is_known(key):
             keys, values = self._store_prompt(key, value)
         else:
@@ -164,10 +156,7 @@ class LayerCache(LayerBuffers):
             )
             self._join(token_indices)
             output = self.operators.attend(query, rows, token_indices, self.counters, *rest, hot)
-        following = self._following
-        if following is not None:
-            # Behind what this layer reads from the host itself.
-            following._fetch_ahead(output)
+        self._have_next_fetch(output)
         if self.observer is not None and token_indices is not None:
             self.observer(self, query, token_indices, visible, scale, softcap)
         return output
@@ -220,33 +209,6 @@ class LayerCache(LayerBuffers):
             observer=self.block_observer,
         )
 
-    def prefetch(self, estimate: QueryEstimate) -> None:
-        """Fetch what the next step will probably select; no result depends on it.
-
-        It selects when the layer before this one stores its token, while small kernels leave the
-        device's memory idle, and fetches when that has attended, beside the weights that come then;
-        both at once if it is none of ours.
-
-        Args:
-            estimate: of the next step's query.
-        """
-        if self.hot is None:
-            return
-        self._estimate = estimate
-        if not self.has_previous:
-            self._place_ahead(None)
-            self._fetch_ahead(None)
-
-    @property
-    def expected(self) -> QueryEstimate | None:
-        """The estimate by which something is being fetched for this step."""
-        return None if self._started is None else self._started.estimate
-
-    @property
-    def _following(self) -> LayerCache | None:
-        """The next layer, if it is ours."""
-        return self.next() if self.next is not None else None
-
     def _is_known(self, like: Tensor) -> bool:
         """Whether the host knows of this prompt, so that it can be treated by its length."""
         return not (self.is_static and (self.hands_out_all or _is_recorded(like)))
@@ -291,41 +253,6 @@ class LayerCache(LayerBuffers):
         if self.hot is None and not _is_recorded(query):
             self._make_hot(query.shape[1])
         return self.hot if query.shape[2] == 1 else None
-
-    def _place_ahead(self, before: Tensor | None) -> None:
-        """Start to select and place by the estimate, if there is one, before what changes this."""
-        estimate = self._estimate
-        self._join()
-        if estimate is not None and self.hot is not None:
-            rows = self._allocated.rows
-            kept = self.operators.place_ahead(
-                estimate, rows, self.state, self.counters, self.hot, before
-            )
-            self._started = _Started(estimate, kept)
-
-    def _fetch_ahead(self, before: Tensor | None) -> None:
-        """Start to fetch what was placed, if anything was, before what reads this."""
-        started = self._started
-        if started is not None and not started.is_fetching and self.hot is not None:
-            self.operators.fetch_ahead(self._allocated.rows, self.hot, started.kept, before)
-            self._started = started._replace(is_fetching=True)
-
-    def _join(self, after: Tensor | None = None) -> None:
-        """Wait for what was started, before anything of it is used or changed."""
-        self._estimate = None
-        self._fetch_ahead(None)  # what has a place has to come
-        if self._started is not None and self.hot is not None:
-            started, self._started = self._started, None
-            after = self.counters if after is None else after
-            self.operators.await_fetched(self.hot, started.kept, after)
-
-
-class _Started(NamedTuple):
-    """What a layer fetches ahead."""
-
-    estimate: QueryEstimate
-    kept: list[Tensor]  # what `Operators.place_ahead` gave
-    is_fetching: bool = False
 
 
 def _is_recorded(like: Tensor) -> bool:

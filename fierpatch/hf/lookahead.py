@@ -10,14 +10,17 @@ from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from fierpatch.cache import LayerCache
 from fierpatch.config import FierConfig
 from fierpatch.errors import FierError, UnsupportedModelError
 from fierpatch.hf.cache import FierCache, FierLayer
 from fierpatch.hf.support import LayerLayout, layer_layout
 from fierpatch.query_estimate import QueryEstimate
 
+_AFTER_ATTENTION = ("mlp", "feed_forward", "block_sparse_moe")  # names in a decoder layer
 # Their full-attention layers have no RoPE, and say so by no attribute alike.
 _WITHOUT_ROPE = ("afmoe", "cohere2", "cohere2_moe", "exaone_moe")
 
@@ -37,7 +40,8 @@ class NextQuery:
 
     Does nothing but where a single token decodes over an offloaded layer of our own cache.
     `number`, `form` and `layer` are those of the layer after it; `rotary` is the decoder's.
-    `has_twin` says that the layer's own query was estimated by the same RoPE.
+    `has_twin` says that the layer's own query was estimated by the same RoPE, `has_start` that
+    `FetchStart` says when to fetch.
     """
 
     def __init__(
@@ -48,12 +52,15 @@ class NextQuery:
         rotary: Any = None,
         *,
         has_twin: bool = False,
+        has_start: bool = False,
     ) -> None:
         self.number = number
         self.form = form
         self.layer = layer
         self.rotary = rotary
         self.has_twin = has_twin
+        self.has_start = has_start
+        self.waiting: LayerCache | None = None  # for `FetchStart`
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Runs before the layer; see `torch.nn.Module.register_forward_pre_hook`."""
@@ -70,7 +77,9 @@ class NextQuery:
             with torch.no_grad():
                 device = store.state[0].device  # a model may be spread over several
                 rotation = self._known_rotation(cache) if self.has_twin else None
+                store.fetches_on_call = self.has_start
                 store.prefetch(self._estimate(hidden_states.to(device), options, rotation))
+                self.waiting = store if self.has_start else None
 
     def _known_rotation(self, cache: FierCache) -> Tensor | None:
         """The matrix by which the layer's own query was estimated."""
@@ -132,21 +141,51 @@ class NextQuery:
         )
 
 
+class FetchStart:
+    """A forward pre-hook of what follows a layer's attention, whose weights are read meanwhile.
+
+    Looking up pages of the host holds up every kernel that begins then. What reads weights for long
+    is held up once, and the small kernels between it and the attention are not.
+    """
+
+    def __init__(self, query: NextQuery | None) -> None:
+        self.query = query
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Runs before the module; see `torch.nn.Module.register_forward_pre_hook`."""
+        if self.query is None or self.query.waiting is None or not inputs:
+            return
+        store, self.query.waiting = self.query.waiting, None
+        before: Tensor = inputs[0]
+        # Named as changed to the compiler, which autograd would take at its word.
+        store.fetch_placed(None if before.requires_grad else before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FetchStart:
+        """Without a query, see `NextQuery`."""
+        return FetchStart(None)
+
+
 class Lookahead:
     """The hooks of one model, as `plan` gives them: decoder layers and what to hook to each."""
 
     def __init__(self, hooks: Sequence[tuple[nn.Module, NextQuery]] = ()) -> None:
         # Weak, as the handle of a deleted model must not keep its weights.
         self._hooks = []
+        self._starts: list[RemovableHandle] = []
         for layer, hook in hooks:
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             self._hooks.append((weakref.ref(layer), weakref.ref(hook), handle))
+            after = _after_attention(layer)
+            if after is not None:
+                self._starts.append(
+                    after.register_forward_pre_hook(FetchStart(hook), with_kwargs=True)
+                )
 
     def remove(self) -> None:
         """Take every hook off."""
-        for _, _, handle in self._hooks:
+        for handle in (*(each[2] for each in self._hooks), *self._starts):
             handle.remove()
-        self._hooks = []
+        self._hooks, self._starts = [], []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lookahead:
         """The hooks of a copied model, each for the copied layer after it."""
@@ -159,7 +198,10 @@ class Lookahead:
             deepcopy(handle, memo).remove()  # the hook that was copied with it
             parts = deepcopy(estimate.layer, memo), deepcopy(estimate.rotary, memo)
             following = estimate.number, estimate.form, *parts
-            hooks.append((copied, NextQuery(*following, has_twin=estimate.has_twin)))
+            has_twin, has_start = estimate.has_twin, estimate.has_start
+            hooks.append((copied, NextQuery(*following, has_twin=has_twin, has_start=has_start)))
+        for handle in self._starts:
+            deepcopy(handle, memo).remove()
         return Lookahead(hooks)
 
 
@@ -190,9 +232,21 @@ def plan(model: PreTrainedModel, settings: FierConfig) -> list[tuple[nn.Module, 
             ) from error
         known = [(hook.number, hook.form) for _, hook in hooks if form.rotary_type is None]
         has_twin = (number - 1, form) in known
-        hook = NextQuery(number, form, layers[number], rotary, has_twin=has_twin)
-        hooks.append((layers[number - 1], hook))
+        layer, has_start = layers[number - 1], _after_attention(layers[number - 1]) is not None
+        hook = NextQuery(
+            number, form, layers[number], rotary, has_twin=has_twin, has_start=has_start
+        )
+        hooks.append((layer, hook))
     return hooks
+
+
+def _after_attention(layer: nn.Module) -> nn.Module | None:
+    """What a decoder layer hands its attention's output to, whatever is between, if that is known.
+
+    Or its own input, where both run side by side.
+    """
+    found = [getattr(layer, name, None) for name in _AFTER_ATTENTION]
+    return next((each for each in found if isinstance(each, nn.Module)), None)
 
 
 def _is_linear(projection: nn.Module, like: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +39,14 @@ def place_ahead(
         state, counters: the layer's, which nothing may change before `await_placed`.
 
     Returns:
-        Tokens and places, for `fetch_ahead`, and memory that must not be freed, like the estimate's,
+        Tokens and places, for `fetch_ahead`, and memory that like the estimate's must not be freed
         before `await_placed`.
     """
     device = estimate.source.device
     # Of the stream that goes on, whose allocator would give it away again without a wait.
     room = estimate.source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
     scratch = Scratch.within(shape, room)
-    with _on_side(device):
+    with _beside(_selection_stream, device):
         # A selection wants a token at least; none is placed that is not there.
         lengths = counters.clamp(min=1)
         chosen = retrieve.retrieve(
@@ -72,7 +73,8 @@ def fetch_ahead(hot: HotSet, paired: Tensor, chosen: Tensor, places: Tensor) -> 
         paired: the layer's rows.
         chosen, places: not to be freed before `await_fetched`.
     """
-    with _on_side(chosen.device):
+    with _beside(side_stream, chosen.device):
+        _await(_placed, chosen.device)
         residency.fetch(hot, places, chosen, paired)
         _record(_fetched, chosen.device)
 
@@ -90,29 +92,31 @@ def await_fetched(like: Tensor) -> None:
     _await(_fetched, like.device)
 
 
+_Of = Callable[[torch.device], Any]  # a stream or an event of a device
+
+
 @contextmanager
-def _on_side(device: torch.device) -> Iterator[None]:
-    """Launch on the side stream what comes after all that was launched."""
+def _beside(stream: _Of, device: torch.device) -> Iterator[None]:
+    """Launch there what comes after all that was launched so far."""
     if is_interpreted:
         yield
         return
-    side = side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
+    stream(device).wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream(device)):
         yield
 
 
-def _record(event: Callable[[torch.device], torch.cuda.Event], device: torch.device) -> None:
+def _record(event: _Of, device: torch.device) -> None:
     if not is_interpreted:
-        event(device).record(side_stream(device))
+        event(device).record(torch.cuda.current_stream(device))
 
 
-def _await(event: Callable[[torch.device], torch.cuda.Event], device: torch.device) -> None:
+def _await(event: _Of, device: torch.device) -> None:
     if not is_interpreted:
         torch.cuda.current_stream(device).wait_event(event(device))
 
 
-# Recorded on the side stream of a device; of the last layer, which those before it precede.
+# Events of the last layer, which on their streams those before it precede.
 @cache
 def _placed(device: torch.device) -> torch.cuda.Event:
     return torch.cuda.Event()
@@ -121,6 +125,12 @@ def _placed(device: torch.device) -> torch.cuda.Event:
 @cache
 def _fetched(device: torch.device) -> torch.cuda.Event:
     return torch.cuda.Event()
+
+
+@cache
+def _selection_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device selects ahead: of no higher priority than the step, as its kernels wait."""
+    return torch.cuda.Stream(device)
 
 
 @cache

@@ -22,6 +22,9 @@ import fierpatch
 from fierpatch import FierConfig
 from fierpatch.cache import LayerCache
 from fierpatch.errors import FierError, ModelError, UnsupportedModelError
+from fierpatch.hf import lookahead
+from fierpatch.hot_set import HotSet
+from fierpatch.ops.operators import ReferenceOperators
 from fierpatch.query_estimate import QueryEstimate
 from hf.any_model import any_model
 from hf.fingerprint import fingerprint, registered
@@ -154,6 +157,73 @@ def test_rope_of_a_step_is_worked_out_for_its_first_estimate_alone(
             assert step[0] is not None
             assert all(rotation is step[0] for rotation in step)
         assert steps[0][0] is not steps[1][0]
+
+
+def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
+    """What layers begin, in order: to place, to fetch, to wait for what comes, and to attend."""
+    log: list[tuple[str, LayerCache]] = []
+    operators = ReferenceOperators
+    names = {"place_ahead": "place", "fetch_ahead": "fetch", "await_fetched": "await"}
+    layers: dict[int, LayerCache] = {}
+
+    def logged(name: str) -> Any:
+        call = getattr(operators, name)
+
+        def log_it(self: ReferenceOperators, *arguments: Any) -> Any:
+            hot = next(each for each in arguments if isinstance(each, HotSet))
+            log.append((names[name], layers[id(hot.tally)]))
+            return call(self, *arguments)
+
+        return log_it
+
+    attend = LayerCache.attend
+
+    def attend_it(layer: LayerCache, query: Tensor, **options: Any) -> Any:
+        log.append(("attend", layer))
+        return attend(layer, query, **options)
+
+    for name in names:
+        monkeypatch.setattr(operators, name, logged(name))
+    monkeypatch.setattr(LayerCache, "attend", attend_it)
+    prefetch = LayerCache.prefetch
+
+    def prefetch_it(layer: LayerCache, estimate: QueryEstimate) -> None:
+        assert layer.hot is not None
+        layers[id(layer.hot.tally)] = layer
+        prefetch(layer, estimate)
+
+    monkeypatch.setattr(LayerCache, "prefetch", prefetch_it)
+    return log
+
+
+@pytest.mark.parametrize("start", ["mlp", "attention", "never"])
+def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_attended(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its MLP if it has one of that name; what was placed and not called for comes last."""
+    log: list[tuple[str, Any]] = log_starts(monkeypatch)
+    if start == "attention":
+        monkeypatch.setattr(lookahead, "_AFTER_ATTENTION", ("ffn",))
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS, dense_layers=2) as handle, torch.no_grad():
+        if start == "never":
+            for hook in handle._lookahead._starts:
+                hook.remove()
+        mlp = model.model.layers[2].mlp
+        mlp.register_forward_pre_hook(lambda *_: log.append(("mlp", None)))
+        cache = handle.new_cache()
+        model(prompt(40), past_key_values=cache)
+        log.clear()
+        model(prompt(1), past_key_values=cache)
+    of_last = [name for name, layer in log if layer in (cache.stores[3], None)]
+    order = {
+        "mlp": ["place", "fetch", "mlp", "attend", "await"],
+        "attention": ["place", "fetch", "mlp", "attend", "await"],
+        "never": ["place", "mlp", "attend", "fetch", "await"],
+    }
+    assert of_last == order[start]
+    before = log.index(("attend", cache.stores[2]))
+    assert log.index(("place", cache.stores[3])) < before < log.index(("fetch", cache.stores[3]))
 
 
 def test_only_a_cache_that_is_to_fetch_ahead_is_asked(estimates: Estimates) -> None:
