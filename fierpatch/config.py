@@ -46,12 +46,12 @@ class FierConfig:
         max_query_length: the longest query that goes through retrieval (decode, and the
             verification step of assisted decoding); longer ones are prefill.
         prefill: how a prompt attends: ``"dense"``, by the model's own attention, or ``"sparse"``:
-            every block of queries over the blocks of keys that hold most of its weight, as the
-            index sees it, beside sinks and recents. Layers without an index stay dense.
+            every block of queries over the blocks of keys that hold most of its weight, beside
+            sinks and recents. Layers without an index stay dense.
         prefill_mass: the part of the estimated weight that sparse prefill holds for every query
             head, above 0 and up to 1. At least `budget` tokens are attended in any case.
-        prefill_scores: what sparse prefill weighs blocks by: ``"index"``, or ``"keys"``, the keys
-            themselves, which are at hand and hold more of the weight.
+        prefill_scores: what sparse prefill weighs blocks by: ``"keys"``, or ``"index"``, which has
+            to be turned back into keys first and holds a little less of the weight.
         mlp_chunk: tokens of a prompt that an MLP is given at a time, which bounds its activations,
             the most of what a long prefill takes beside weights, K and V. 0 means all.
         compile: build static caches, so that decode compiles into one graph.
@@ -87,7 +87,7 @@ class FierConfig:
     max_query_length: int = 8
     prefill: str = "dense"
     prefill_mass: float = 0.95
-    prefill_scores: str = "index"
+    prefill_scores: str = "keys"
     mlp_chunk: int = 0
     compile: bool = False
     offload: bool = False

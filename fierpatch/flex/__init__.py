@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fierpatch.flex.attention import MASK_DENSITY, Mode, choose_mode, selected_attention
+from fierpatch.flex.attention import Mode, selected_attention
 from fierpatch.flex.block_mask import BLOCK_SIZES, block_mask_of, ordered_blocks
 from fierpatch.flex.blocks import Span
 from fierpatch.flex.limits import check_layer
@@ -27,7 +27,6 @@ from fierpatch.flex.span_attention import Operands
 
 __all__ = [
     "BLOCK_SIZES",
-    "MASK_DENSITY",
     "BlockObserver",
     "FlexOperators",
     "MaskMod",
@@ -40,7 +39,6 @@ __all__ = [
     "block_mask_of",
     "causal_mask_mod",
     "check_layer",
-    "choose_mode",
     "estimated_keys",
     "ordered_blocks",
     "padding_mask_mod",

@@ -13,6 +13,8 @@ from fierpatch.hot_set import HotSet
 from fierpatch.ops.operators import Operators
 from fierpatch.query_estimate import QueryEstimate
 
+MODE: Mode = "compact"  # how FlexAttention reads the rows: the faster one, see `bench.flex`
+
 
 @dataclass(frozen=True)
 class FlexOperators:
@@ -21,12 +23,10 @@ class FlexOperators:
     Args:
         config: the settings of the patch.
         base: stores, indexes and selects, and attends where a layer is dense.
-        mode: how FlexAttention reads the rows; None means by `choose_mode`.
     """
 
     config: FierConfig
     base: Operators
-    mode: Mode | None = None
     name: ClassVar[str] = "flex"
 
     @property
@@ -103,7 +103,7 @@ class FlexOperators:
             scale=scale,
             softcap=softcap,
             sink_logits=sink_logits,
-            mode=self.mode,
+            mode=MODE,
             is_ascending=True,
         )
         return output.transpose(1, 2).contiguous()

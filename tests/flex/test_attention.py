@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,12 +16,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from fierpatch.errors import BackendError, ConfigError, ShapeError
 from fierpatch.flex import (
     BLOCK_SIZES,
-    MASK_DENSITY,
     Mode,
     QueryLayout,
     SelectionMask,
     check_layer,
-    choose_mode,
     selected_attention,
 )
 from fierpatch.flex.fused import kernel_options
@@ -259,42 +257,7 @@ def test_a_compiled_chunk_of_a_prefill_visits_its_blocks_alone() -> None:
     check_chunk("cpu", num_queries=40, block_size=(16, 32))
 
 
-# What is chosen, and what is refused.
-
-
-@given(
-    num_selected=st.integers(1, 5000),
-    length=st.integers(1, 200_000),
-    num_rows=st.sampled_from((1, 32, 127, 128, 1000)),
-    is_fused=st.booleans(),
-)
-@example(num_selected=1024, length=131_072, num_rows=4, is_fused=True)
-def test_a_mask_is_for_few_tokens_of_many_where_a_kernel_skips_the_rest(
-    num_selected: int, length: int, num_rows: int, is_fused: bool
-) -> None:
-    mode = choose_mode(
-        num_selected=num_selected, length=length, num_rows=num_rows, is_fused=is_fused
-    )
-    pays = num_selected / length <= MASK_DENSITY
-    assert mode == ("mask" if pays and is_fused and num_rows < 128 else "compact")
-
-
-def test_lists_of_query_heads_and_of_queries_count_together() -> None:
-    """They share the blocks of their KV head."""
-    case = Attention(length=2100, width=40)
-    query, keys, values, lists = case.tensors(0)
-    seen = []
-
-    def modes(**sizes: Any) -> Mode:
-        seen.append(sizes["num_selected"])
-        return choose_mode(**sizes)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fierpatch.flex.attention.choose_mode", modes)
-        selected_attention(query, keys, values, lists, scale=1.0)
-        lists = lists.repeat_interleave(3, 1).repeat_interleave(2, 2)
-        selected_attention(query.repeat_interleave(2, 2), keys, values, lists, scale=1.0)
-    assert seen == [40, 240]
+# What is refused.
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

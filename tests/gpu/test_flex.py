@@ -15,7 +15,6 @@ from transformers import CompileConfig
 import fierpatch
 from fierpatch.errors import BackendError
 from fierpatch.flex import Mode, QueryLayout, SelectionMask, selected_attention
-from fierpatch.flex import attention as flex_attention
 from flex.attentions import Attention, assert_near, log_sum_exp
 from flex.compiled import check_chunk, check_masks
 from gpu.test_cuda import llama
@@ -164,7 +163,7 @@ def test_generate_gives_the_tokens_of_the_kernels(
     compile_mode: str | None, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And with budget for all those of the unpatched model; compiled, decode is one graph."""
-    monkeypatch.setattr(flex_attention, "choose_mode", lambda **sizes: mode)
+    monkeypatch.setattr("fierpatch.flex.operators.MODE", mode)
     model = llama(torch.float32)
     ids = torch.randint(0, 256, (2, 700), device="cuda")
     attention_mask = torch.ones_like(ids)

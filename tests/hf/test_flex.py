@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 import fierpatch
 from fierpatch import FierCache
 from fierpatch.flex import Mode
-from fierpatch.flex import attention as flex_attention
 from hf.agreement import FULL_BUDGET, RECORD, assert_agrees
 from hf.models import FAMILIES_AND_BASES, left_padded, prompt, tiny_config, tiny_model
 
@@ -112,7 +111,7 @@ def assert_one_graph(family: str, compiler: str, tolerance: float) -> None:
 @pytest.fixture(params=["compact", "mask"])
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mode:
     """Each mode in turn, whatever the sizes would choose."""
-    monkeypatch.setattr(flex_attention, "choose_mode", lambda **sizes: request.param)
+    monkeypatch.setattr("fierpatch.flex.operators.MODE", request.param)
     return request.param
 
 
