@@ -25,6 +25,7 @@ from bench.rows import reason, save, table
 from bench.synthetic import SHAPES, random_llama
 from bench.timing import summary
 from fierpatch import FierConfig
+from fierpatch.config import PREFILL_SCORES
 from fierpatch.flex.blocks import candidate_blocks
 from fierpatch.patching import current_handle
 
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="these ways")
     parser.add_argument("--mass", type=float, default=FierConfig.prefill_mass)
-    parser.add_argument("--scores", choices=("index", "keys"), default="index")
+    parser.add_argument("--scores", choices=PREFILL_SCORES, default=FierConfig.prefill_scores)
     parser.add_argument("--mlp-chunk", type=int, default=0, help="tokens, of patched ways")
     parser.add_argument("--rounds", type=int, default=3)
     add_index(parser)

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
             dense_layers=options.dense_layers,
             prefill="dense" if mass is None else "sparse",
             prefill_mass=mass or 1.0,
-            prefill_scores=scores or "index",
+            prefill_scores=scores or FierConfig.prefill_scores,
             **index_settings(options),
         )
         row: dict[str, Any] = {"scores": scores, "prefill_mass": mass}

@@ -76,12 +76,12 @@ def test_offload_changes_nothing_of_a_sparse_prefill() -> None:
     assert torch.equal(resident, offloaded)
 
 
-def test_blocks_may_be_chosen_by_the_keys_themselves() -> None:
+def test_blocks_may_be_chosen_by_the_index() -> None:
     model, ids = tiny_model("llama"), prompt(1500)
     dense, _ = density(model, ids, FEW.replace(prefill="dense"))
     settings = FEW.replace(prefill_mass=0.9)
-    by_keys, _ = density(model, ids, settings.replace(prefill_scores="keys"))
-    by_index, _ = density(model, ids, settings)
+    by_keys, _ = density(model, ids, settings)
+    by_index, _ = density(model, ids, settings.replace(prefill_scores="index"))
     assert not torch.equal(by_keys, by_index)
     assert not torch.equal(by_keys, dense)
 
