@@ -208,7 +208,11 @@ def prefills(
 
 
 def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds of the weights of four layers, alone and beside a gather of 4 MiB for each."""
+    """Milliseconds of the weights of four layers, alone and beside a gather of 4 MiB for each.
+
+    It begins and ends where that of a prefetch does: before the MLP, and before the attention of
+    the layer after.
+    """
     from fierpatch.kernels import residency
     from fierpatch.kernels.ahead import side_stream
 
@@ -231,21 +235,23 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     lists = lists[None, :, None].contiguous()
     places = residency.place(hot, lists).clone()
     token = torch.randn(1, hidden, dtype=dtype, device=device)
+    wide = torch.randn(1, inner, dtype=dtype, device=device)
     side = side_stream(device)
 
     def work(with_weights: bool, with_gather: bool) -> None:
         main = torch.cuda.current_stream(device)
-        for layer in weights:
-            if with_gather:
-                side.wait_stream(main)
-                with torch.cuda.stream(side):
-                    residency.fetch(hot, places, lists, paired)
-            if with_weights:
-                for matrix in layer[:3]:
-                    torch.nn.functional.linear(token, matrix)
-                torch.nn.functional.linear(torch.cat([token] * 4, 1)[:, :inner], layer[3])
-            if with_gather:
-                main.wait_stream(side)
+        for number, layer in enumerate(weights):
+            for place, matrix in enumerate(layer):
+                if with_gather and place == 2:
+                    side.wait_stream(main)
+                    with torch.cuda.stream(side):
+                        residency.fetch(hot, places, lists, paired)
+                if with_weights:
+                    torch.nn.functional.linear(wide if place == 3 else token, matrix)
+                if with_gather and place == 0 and number:
+                    main.wait_stream(side)
+        if with_gather:
+            main.wait_stream(side)
 
     rows = []
     names = {
