@@ -1,10 +1,10 @@
 """How long does a prefill take, and how much memory at its peak, densely and sparsely?
 
 A model with random weights reads a long prompt and keeps the logits of the last token only, one way
-after the other: unpatched; patched, dense and sparse; both with K and V on the host. Of each the
-time, the bytes at the peak (with the weights and beside them), and for sparse ones the density.
-Random weights spread attention evenly, so that sparse ones need most blocks: `flex_prefill` plants
-what a model has.
+after the other: unpatched; patched, dense and sparse; both with K and V on the host. At once, or in
+parts, each of which attends to all parts before it (`--chunk`). Of each the time, the bytes at the
+peak (with the weights and beside them), and for sparse ones the density. Random weights spread
+attention evenly, so that sparse ones need most blocks: `flex_prefill` plants what a model has.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "dense, offload": {"offload": True},
     "sparse, offload": {"prefill": "sparse", "offload": True},
 }
-COLUMNS = ["what", "context", "mlp_chunk", "ms", "ms_p20", "ms_p80", "ratio"]
+COLUMNS = ["what", "context", "chunk", "mlp_chunk", "ms", "ms_p20", "ms_p80", "ratio"]
 COLUMNS += ["peak_gib", "beside_gib", "density"]
 
 
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="these ways")
     parser.add_argument("--mass", type=float, default=FierConfig.prefill_mass)
     parser.add_argument("--scores", choices=PREFILL_SCORES, default=FierConfig.prefill_scores)
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a part; 0 for one part")
     parser.add_argument("--mlp-chunk", type=int, default=0, help="tokens, of patched ways")
     parser.add_argument("--rounds", type=int, default=3)
     add_index(parser)
@@ -69,13 +70,13 @@ def main(arguments: list[str]) -> None:
         torch.manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (1, context), device=model.device)
         with torch.no_grad():
-            rows += measure(model, ids, options.rounds, settings, options.only)
+            rows += measure(model, ids, options.rounds, settings, options.only, options.chunk)
         print(table(rows[-len(options.only) :], COLUMNS), flush=True)
     print("saved", save("prefill", options.device, rows, options.output))
 
 
 def measure(
-    model: Any, ids: Tensor, rounds: int, settings: FierConfig, ways: list[str]
+    model: Any, ids: Tensor, rounds: int, settings: FierConfig, ways: list[str], chunk: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of one prompt ``[1, S]``, a row a way; the first round of each is left out.
 
@@ -88,7 +89,7 @@ def measure(
         try:
             with nullcontext() if way is None else fierpatch.apply(model, settings.replace(**way)):
                 for number in range(rounds + 1):
-                    milliseconds, found = prefill(model, ids)
+                    milliseconds, found = prefill(model, ids, chunk)
                     if number:
                         samples[name].append(milliseconds)
                         rows[name] |= found
@@ -104,6 +105,7 @@ def measure(
             "model": f"{model.config.model_type} {model.num_parameters() / 1e6:.0f}M",
             "dtype": str(model.dtype).removeprefix("torch."),
             "rounds": rounds,
+            "chunk": chunk,
             "mlp_chunk": 0 if WAYS[name] is None else settings.mlp_chunk,
             "prefill_mass": settings.prefill_mass,
             "prefill_scores": settings.prefill_scores,
@@ -111,11 +113,11 @@ def measure(
     return list(rows.values())
 
 
-def prefill(model: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
+def prefill(model: Any, ids: Tensor, chunk: int) -> tuple[float, dict[str, Any]]:
     """Milliseconds of one prefill, and columns of its row (no memory on a CPU)."""
     handle = current_handle(model)
     if handle is None:
-        return timed(model, DynamicCache(config=model.config), ids)
+        return timed(model, DynamicCache(config=model.config), ids, chunk)
     cache = handle.new_cache()
     counts: list[Tensor] = []
 
@@ -124,16 +126,16 @@ def prefill(model: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
 
     for store in cache.stores.values():
         store.block_observer = count
-    milliseconds, columns = timed(model, cache, ids)
+    milliseconds, columns = timed(model, cache, ids, chunk)
     if counts:
         chosen, causal = torch.stack(counts).sum(0).tolist()
         columns["density"] = chosen / causal
     return milliseconds, columns
 
 
-def timed(model: Any, cache: Any, ids: Tensor) -> tuple[float, dict[str, Any]]:
+def timed(model: Any, cache: Any, ids: Tensor, chunk: int) -> tuple[float, dict[str, Any]]:
     """Milliseconds of one prefill, and its peak memory where the device counts it."""
-    milliseconds, beside = prefill_index.prefill(model, cache, ids)
+    milliseconds, beside = prefill_index.prefill(model, cache, ids, chunk)
     if model.device.type != "cuda":
         return milliseconds, {}
     peak = torch.cuda.max_memory_allocated()

@@ -76,8 +76,11 @@ def measure(model: Any, ids: Tensor, rounds: int, settings: dict[str, Any]) -> l
     return rows
 
 
-def prefill(model: Any, cache: Any, ids: Tensor) -> tuple[float, int]:
-    """Milliseconds of one prefill, and the bytes at its peak beside the weights (0 on a CPU)."""
+def prefill(model: Any, cache: Any, ids: Tensor, chunk: int = 0) -> tuple[float, int]:
+    """Milliseconds of one prefill, and the bytes at its peak beside the weights (0 on a CPU).
+
+    In parts of `chunk` tokens, if there is a chunk.
+    """
     is_cuda = model.device.type == "cuda"
     before = 0
     if is_cuda:
@@ -86,7 +89,8 @@ def prefill(model: Any, cache: Any, ids: Tensor) -> tuple[float, int]:
         before = torch.cuda.memory_allocated()
     synchronize(str(model.device))
     start = time.perf_counter()
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    for part in ids.split(chunk or ids.shape[1], 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
     synchronize(str(model.device))
     milliseconds = (time.perf_counter() - start) * 1e3
     return milliseconds, torch.cuda.max_memory_allocated() - before if is_cuda else 0

@@ -153,6 +153,7 @@ class LayerBuffers:
             opened = kept - kept % self.config.index_group_size
             self.operators.index_range(self.keys, self.state, opened, kept)
             indexed = kept
+        self._allocated.forget(kept)
         if self.hot is not None:
             self.hot.forget(kept)
         self._progress = [kept, min(indexed, kept), calibrated]

@@ -222,6 +222,7 @@ class LayerCache(Prefetch):
         # Not the caller's tensors, whose owner may go on to use them elsewhere, but views.
         keys, values = store.read(key, value, stored) if stored else (key[:], value[:])
         store.write(key, value, stored)
+        self._have_next_read(stored, key.shape[2])
         if self._place == self._shared.num_offloaded:
             store.join()  # of the last layer, behind which anything may come
         self.counters[0].fill_(stop)

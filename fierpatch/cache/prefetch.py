@@ -1,4 +1,4 @@
-"""Selecting, placing and fetching what a layer will probably select, while the one before works."""
+"""Fetching what a layer will need, surely or probably, while the layer before it works."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ class Prefetch(LayerBuffers):
         if started is not None and not started.is_fetching and self.hot is not None:
             self.operators.fetch_ahead(self._allocated.rows, self.hot, started.kept, before)
             self._started = started._replace(is_fetching=True)
+
+    def _have_next_read(self, stored: int, num_new: int) -> None:
+        """Have the next layer read what is stored for the prompt that this one was given."""
+        following = self._following
+        if stored and following is not None and following.is_offloaded and following.is_allocated:
+            following._allocated.read_ahead(stored, num_new)
 
     def _have_next_place(self) -> None:
         """Start the next layer's placement, before this one's counters change."""

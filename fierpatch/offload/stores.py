@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ class Store(Protocol):
 
         Valid when the prompt is written too.
         """
+
+    def read_ahead(self, start: int, num_new: int) -> None:
+        """Begin to read for the `read` that comes next, of a prompt of so many tokens."""
+
+    def forget(self, num_tokens: int) -> None:
+        """Expect other tokens behind the first so many."""
 
     def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """All rows, on the device; for a prompt that is compiled, of whose end a counter tells."""
@@ -115,6 +121,12 @@ class DeviceStore:
         stop = start + key.shape[2]
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def read_ahead(self, start: int, num_new: int) -> None:
+        """See `Store`."""
+
+    def forget(self, num_tokens: int) -> None:
+        """See `Store`."""
+
     def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store`."""
         return self.keys[:], self.values[:]
@@ -163,6 +175,7 @@ class HostStore:
         self._most_tokens = max(most_tokens or _MOST_TOKENS, capacity)
         self._transfer, self._pool = transfer, pool
         self._give_back: Callable[[], object] = lambda: None
+        self._ahead: _Ahead | None = None
         self._allocate(key.shape[0], key.shape[1], key.shape[3] + value.shape[3], capacity)
 
     @property
@@ -192,6 +205,7 @@ class HostStore:
     def take(self, rows: Tensor, num_tokens: int) -> None:
         """See `Store`."""
         self._transfer.join()
+        self._ahead = None
         old = self.paired
         capacity, batch_size, num_heads, width = old.shape
         if rows.tolist() == list(range(batch_size)):
@@ -205,11 +219,13 @@ class HostStore:
 
     def clear(self) -> None:
         """See `Store`."""
+        self._ahead = None
         # Dense attention over a whole static buffer passes a weight of 0 to what is not stored.
         self.paired.zero_()
 
     def write(self, key: Tensor, value: Tensor, start: int) -> None:
         """See `Store`. Beside the computation."""
+        self.forget(start)
         target = self._host[start : start + key.shape[2]]
         self._transfer.send(pair(key, value), target)
 
@@ -219,13 +235,25 @@ class HostStore:
 
     def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """See `Store`."""
-        self._transfer.join()
-        stop = start + key.shape[2]
-        paired = self.paired.new_empty((stop, *self.paired.shape[1:]))
-        paired[:start].copy_(self._host[:start], non_blocking=True)
-        keys, values = split([paired], self._head_dim)
+        if self._ahead is None or self._ahead.lengths != (start, key.shape[2]):
+            self.read_ahead(start, key.shape[2])
+        ahead, self._ahead = self._ahead, None
+        assert ahead is not None
+        ahead.wait()
+        keys, values = split([ahead.paired], self._head_dim)
         keys[:, :, start:], values[:, :, start:] = key, value
         return keys, values
+
+    def read_ahead(self, start: int, num_new: int) -> None:
+        """See `Store`. Beside the computation."""
+        paired = self.paired.new_empty((start + num_new, *self.paired.shape[1:]))
+        wait = self._transfer.receive(self._host[:start], paired[:start])
+        self._ahead = _Ahead((start, num_new), paired, wait)
+
+    def forget(self, num_tokens: int) -> None:
+        """See `Store`."""
+        if self._ahead is not None and num_tokens < self._ahead.lengths[0]:
+            self._ahead = None
 
     def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `Store`. Rows behind the last token are 0, whatever is there."""
@@ -247,6 +275,14 @@ class HostStore:
         self._memory.grow(torch.Size(shape).numel() * self._dtype.itemsize)
         self._host = self._memory.host(shape, self._dtype)
         self.rows = [self._memory.on_device(shape, self._dtype)]
+
+
+class _Ahead(NamedTuple):
+    """What is being read for a prompt."""
+
+    lengths: tuple[int, int]  # of what is stored, and of the prompt
+    paired: Tensor  # with room for both
+    wait: Callable[[], None]
 
 
 def _grown(tensor: Tensor, capacity: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""Copies of a prompt's keys and values to the host beside the computation."""
+"""Copies of a prompt's keys and values to the host and from it, beside the computation."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -39,8 +40,33 @@ class Transfer:
         self._waiting.append((event, source))
         self._join(_MOST_WAITING)
 
+    def receive(self, source: Tensor, target: Tensor) -> Callable[[], None]:
+        """Begin to copy from the host, behind all that was sent there or written by the device.
+
+        Args:
+            source: which must not change before the copy is waited for.
+            target: of the same shape, on the device.
+
+        Returns:
+            What lets the computation wait for the copy.
+        """
+        if target.device.type != "cuda":
+            target.copy_(source)
+            return lambda: None
+        device = target.device
+        stream = _receiving_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(_copy_stream(device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(stream)
+        # If nobody waits, the memory must not be used again before it is written.
+        target.record_stream(stream)
+        return lambda: event.wait(torch.cuda.current_stream(device))
+
     def join(self) -> None:
-        """Let the computation wait for all copies."""
+        """Let the computation wait for all copies to the host."""
         self._join(0)
 
     def _join(self, most: int) -> None:
@@ -57,4 +83,10 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
     Which may be to the same memory.
     """
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _receiving_stream(device: torch.device) -> torch.cuda.Stream:
+    """Beside the other, as PCIe carries both ways at once."""
     return torch.cuda.Stream(device)

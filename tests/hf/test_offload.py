@@ -21,7 +21,7 @@ import fierpatch
 from fierpatch import FierCache, FierConfig
 from fierpatch.errors import ConfigError, HostMemoryError
 from fierpatch.hot_set import MISSED, PREFETCHED, USED
-from fierpatch.offload import memory
+from fierpatch.offload import HostStore, memory
 from fierpatch.offload.memory import HostMemory
 from hf.agreement import RECORD, assert_agrees
 from hf.models import left_padded, prompt, tiny_model
@@ -406,3 +406,26 @@ def test_a_run_that_is_broken_off_spoils_no_later_one(
         assert {id(one) for one in host_memories()} <= memories
         for _ in range(2):
             assert torch.equal(generate(model), expected)
+
+
+def test_a_later_prompt_has_each_layer_read_while_the_one_before_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that none waits for its own rows, and no more than one layer's are there unused."""
+    log: list[tuple[str, HostStore]] = []
+    for name in ("read", "read_ahead"):
+        call = getattr(HostStore, name)
+
+        def logged(store: HostStore, *arguments: Any, name: str = name, call: Any = call) -> Any:
+            log.append((name, store))
+            return call(store, *arguments)
+
+        monkeypatch.setattr(HostStore, name, logged)
+    model = tiny_model("llama")
+    with fierpatch.apply(model, OFFLOADED) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(40), past_key_values=cache)
+        assert not log
+        model(prompt(30), past_key_values=cache)
+    stores = [layer.store for layer in cache.stores.values() if layer.is_offloaded]
+    assert log == [(name, store) for store in stores for name in ("read_ahead", "read")]

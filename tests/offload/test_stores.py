@@ -104,9 +104,17 @@ class StoreMachine(RuleBasedStateMachine):
             assert keys.data_ptr() == store.keys.data_ptr()
         self.keep(key, value)
 
+    @rule(count=st.integers(1, 30))
+    def read_ahead(self, count: int) -> None:
+        """For a prompt that may come later, be another, or not come."""
+        for store in self.both:
+            store.read_ahead(self.stored, count)
+
     @rule(count=st.integers(0, 10))
     def crop(self, count: int) -> None:
         length = max(self.stored - count, 0)
+        for store in self.both:
+            store.forget(length)
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
     @rule()
