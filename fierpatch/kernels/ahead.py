@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ def place_ahead(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select by an estimate of the next step's query, and give what of it is missing a place.
 
+    Nothing is selected where the last step says that it would not pay; that is known on the device
+    alone, so that kernels are launched anyway, and end at once.
+
     Args:
         shape: of the retrieval.
         hot: the layer's, which may not be used before `fetch_ahead` and `await_fetched`.
@@ -47,19 +50,18 @@ def place_ahead(
     room = estimate.source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
     scratch = Scratch.within(shape, room)
     with _beside(_selection_stream, device):
-        # A selection wants a token at least; none is placed that is not there.
-        lengths = counters.clamp(min=1)
+        length, placed_length = residency.lengths_ahead(hot, shape.width, counters)
         chosen = retrieve.retrieve(
             shape,
             scratch,
-            estimate.query(project),
+            estimate.query(partial(project, length=placed_length)),
             state,
-            lengths,
+            length,
             logits,
             sinks=sinks,
             recent=recent,
         )
-        places = residency.place(hot, chosen, counters)
+        places = residency.place(hot, chosen, placed_length)
         _record(_placed, device)
     return chosen, places, room
 

@@ -22,6 +22,7 @@ def project_kernel(
     weight_ptr,
     bias_ptr,
     output_ptr,
+    length_ptr,
     num_rows,
     num_outputs,
     width,
@@ -30,8 +31,11 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
 ):
-    """BLOCK_M outputs of BLOCK_B rows."""
+    """BLOCK_M outputs of BLOCK_B rows; without reading a weight where the length is 0."""
+    if HAS_LENGTH:
+        width = tl.where(tl.load(length_ptr) > 0, width, 0)
     output = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     is_output, is_row = output < num_outputs, row < num_rows
@@ -56,7 +60,9 @@ def project_kernel(
     tl.store(output_ptr, total, mask=is_output[:, None] & is_row[None, :])
 
 
-def project(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(
+    source: Tensor, weight: Tensor, bias: Tensor | None, length: Tensor | None = None
+) -> Tensor:
     """`torch.nn.functional.linear` for a few rows: each 16 of them read the weights again.
 
     A library's product of this size takes all registers of a multiprocessor, so that beside another
@@ -66,24 +72,25 @@ def project(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         source: ``[B, 1, N]``.
         weight: ``[M, N]``.
         bias: ``[M]``.
+        length: int64 ``[1]``; where it is 0, nobody needs the result, and there is only the bias.
 
     Returns:
         ``[B, 1, M]`` in the dtype of the source, which is that of all.
     """
     num_rows, num_outputs, width = len(source), *weight.shape
     output = source.new_empty((num_rows, 1, num_outputs))
-    specialization = project_specialization(source.dtype, bias is not None)
+    specialization = project_specialization(source.dtype, bias is not None, length is not None)
     specialization.launch(
         (triton.cdiv(num_outputs, _BLOCK_M), triton.cdiv(num_rows, _BLOCK_B), 1),
         aligned(source.contiguous()), aligned(weight.contiguous()),
         None if bias is None else aligned(bias.contiguous()), output,
-        num_rows, num_outputs, width,
+        length, num_rows, num_outputs, width,
     )  # fmt: skip
     return output
 
 
 @cache
-def project_specialization(dtype: torch.dtype, has_bias: bool) -> Specialization:
+def project_specialization(dtype: torch.dtype, has_bias: bool, has_length: bool) -> Specialization:
     """Of `project_kernel`."""
     is_float32 = dtype == torch.float32
     constants = {
@@ -92,5 +99,6 @@ def project_specialization(dtype: torch.dtype, has_bias: bool) -> Specialization
         "BLOCK_N": 64 if is_float32 else 128,
         "PRECISION": "ieee" if is_float32 else "tf32",
         "HAS_BIAS": has_bias,
+        "HAS_LENGTH": has_length,
     }
     return Specialization(project_kernel, constants, num_warps=4, num_stages=4)

@@ -16,6 +16,7 @@ from fierpatch.kernels.constants import (
     EMPTY,
     MISSED,
     MISSING,
+    NEEDED,
     NUM_COUNTS,
     OLDEST,
     PREFETCHED,
@@ -37,7 +38,7 @@ def place_kernel(
     stamps_ptr,
     row_of_ptr,
     tally_ptr,
-    counters_ptr,
+    length_ptr,
     freed_ptr,
     place_ptr,
     width,
@@ -70,7 +71,7 @@ def place_kernel(
     is_used = token >= 0
     if IS_PREFETCH:
         # What is not stored yet would be another token's row when it is.
-        is_used = is_used & (token < tl.load(counters_ptr))
+        is_used = is_used & (token < tl.load(length_ptr))
     found = tl.load(row_of_ptr + token, mask=is_used, other=EMPTY).to(tl.int32)
     is_hit = is_used & (found >= 0)
     before = tl.load(stamps_ptr + found, mask=is_hit, other=1)
@@ -124,11 +125,23 @@ def place_kernel(
         tl.store(tally_ptr + ASKED, tl.load(tally_ptr + ASKED) + tl.sum(is_used.to(tl.int32)))
     else:
         used, missed = tl.load(tally_ptr + USED), tl.load(tally_ptr + MISSED)
-        useful = tl.load(tally_ptr + USEFUL)
+        useful = tl.sum((is_hit & (before % 2 == 0)).to(tl.int32))
         tl.store(tally_ptr + CLOCK, step)
         tl.store(tally_ptr + USED, used + tl.sum(is_used.to(tl.int32)))
         tl.store(tally_ptr + MISSED, missed + num_missing)
-        tl.store(tally_ptr + USEFUL, useful + tl.sum((is_hit & (before % 2 == 0)).to(tl.int32)))
+        tl.store(tally_ptr + USEFUL, tl.load(tally_ptr + USEFUL) + useful)
+        tl.store(tally_ptr + NEEDED, (num_missing + useful).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["num_lists", "least"])
+def lengths_kernel(tally_ptr, counters_ptr, lengths_ptr, num_lists, least, BLOCK: tl.constexpr):
+    """See `lengths_ahead`."""
+    list_ = tl.arange(0, BLOCK)
+    needed_ptr = tally_ptr + list_ * NUM_COUNTS + NEEDED
+    needed = tl.sum(tl.load(needed_ptr, mask=list_ < num_lists, other=0))
+    stored = tl.where(needed >= least, tl.load(counters_ptr), 0)
+    tl.store(lengths_ptr, tl.maximum(stored, 1))
+    tl.store(lengths_ptr + 2, stored)
 
 
 @triton.jit
@@ -177,20 +190,37 @@ def fetch_kernel(
         lies, token = next_lies, next_token
 
 
-def place(hot: HotSet, token_indices: Tensor, counters: Tensor | None = None) -> Tensor:
+def lengths_ahead(hot: HotSet, width: int, counters: Tensor) -> tuple[Tensor, Tensor]:
+    """How far to select ahead, and up to where to place: int64 ``[1]`` each.
+
+    Up to the tokens stored if the last step needed enough, else to none; a selection wants one.
+
+    Args:
+        width: K of the lists.
+        counters: the layer's.
+    """
+    lengths = counters.new_empty(4)  # one at each address that kernels take to be aligned
+    num_lists = hot.tally.shape[:2].numel()
+    lengths_specialization(num_lists).launch(
+        (1, 1, 1), hot.tally, counters, lengths, num_lists, hot.least_needed(width)
+    )
+    return lengths[:1], lengths[2:3]
+
+
+def place(hot: HotSet, token_indices: Tensor, length: Tensor | None = None) -> Tensor:
     """See `fierpatch.hot_set.place`; token_indices int64 and contiguous.
 
     Args:
-        counters: the layer's, for a prefetch: only tokens that are stored are placed.
+        length: for a prefetch, int64 ``[1]``: only tokens before it are placed.
     """
-    is_prefetch = counters is not None
+    is_prefetch = length is not None
     batch_size, num_lists, _, width = token_indices.shape
     num_rows, capacity = hot.tokens.shape[2], hot.row_of.shape[2]
     room = token_indices.new_empty((2, *token_indices.shape), dtype=torch.int32)
     is_early = not is_prefetch and can_start_early(token_indices.device)
     place_specialization(width, num_rows, hot.row_of.dtype, is_prefetch, is_early).launch(
         (batch_size * num_lists, 1, 1),
-        token_indices, hot.tokens, hot.stamps, hot.row_of, hot.tally, counters,
+        token_indices, hot.tokens, hot.stamps, hot.row_of, hot.tally, length,
         room[0], room[1],
         width, num_rows, capacity,
     )  # fmt: skip
@@ -206,6 +236,12 @@ def fetch(hot: HotSet, places: Tensor, token_indices: Tensor, paired: Tensor) ->
         paired, places, token_indices, hot.rows,
         batch_size * num_lists, batch_size * num_heads, width, hot.rows.shape[2],
     )  # fmt: skip
+
+
+@cache
+def lengths_specialization(num_lists: int) -> Specialization:
+    """Of `lengths_kernel`."""
+    return Specialization(lengths_kernel, {"BLOCK": triton.next_power_of_2(num_lists)}, num_warps=1)
 
 
 @cache

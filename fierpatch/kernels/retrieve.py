@@ -50,7 +50,7 @@ def retrieve(
     Args:
         query: ``[B, Hq, T, D]``.
         state: the index's tensors.
-        counters: int64 ``[4]``; the first is the number of tokens stored.
+        counters: int64; the first is the number of tokens stored, and no other is read.
         visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
         keys: ``[B, H, C, D]``, where candidates are scored by them.
     """

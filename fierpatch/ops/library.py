@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fierpatch import reference
 from fierpatch.errors import CapacityError
-from fierpatch.hot_set import HotSet, fetch, place
+from fierpatch.hot_set import NEEDED, HotSet, fetch, place
 from fierpatch.index import KeyIndex, make_index
 from fierpatch.index.packing import TILE_SIZE
 from fierpatch.query_estimate import QueryEstimate
@@ -238,9 +238,10 @@ def _fetch_ahead(
     scale: float,
     refine: int,
 ) -> None:
-    """Fetch what an estimate of the next query selects of the tokens that are stored."""
-    length = int(counters[0])
-    if length == 0:
+    """Fetch what an estimate of the next query selects of the tokens that are there, if it pays."""
+    length, hot_set = int(counters[0]), HotSet(*hot)
+    least = hot_set.least_needed(min(budget, length))
+    if length == 0 or int(hot_set.tally[..., NEEDED].sum()) < least:
         return
     query = QueryEstimate(source, weight, bias, rotation).query()
     token_indices = reference.select_from_index(
@@ -255,7 +256,6 @@ def _fetch_ahead(
         scale=scale,
         refine=refine,
     )
-    hot_set = HotSet(*hot)
     fetch(hot_set, place(hot_set, token_indices, is_prefetch=True), token_indices, paired)
 
 

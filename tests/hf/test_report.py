@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fierpatch
-from fierpatch import FierCache, FierConfig
+from fierpatch import FierCache, FierConfig, hot_set
 from fierpatch.errors import ConfigError
-from fierpatch.hot_set import ASKED, CLOCK, MISSED, PREFETCHED, USED, USEFUL
+from fierpatch.hot_set import ASKED, CLOCK, MISSED, NEEDED, PREFETCHED, USED, USEFUL
 from fierpatch.offload.residency import Residency
 from hf.models import WINDOW, prompt, tiny_config, tiny_model
 
@@ -144,8 +144,25 @@ def test_what_was_fetched_is_what_the_policy_did_not_have_in_its_rows() -> None:
     assert report.prefetch_accuracy is None
 
 
-def test_what_was_fetched_ahead_is_counted_too() -> None:
+@pytest.mark.parametrize("pays_from", [0.0, 2.0])
+def test_nothing_is_asked_for_ahead_where_it_does_not_pay(
+    pays_from: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hot_set, "PAYS_FROM", pays_from)
+    model = tiny_model("llama")
+    options = {"budget": 24, "offload": True, "hot_tokens": 30, "prefetch": True}
+    with fierpatch.apply(model, **options) as handle:
+        cache = handle.new_cache()
+        model.generate(prompt(200), max_new_tokens=9, past_key_values=cache)
+    for number in (2, 3):
+        counts = cache.stores[number].hot.tally.sum((0, 1))
+        assert bool(counts[ASKED]) == bool(counts[PREFETCHED]) == (pays_from == 0.0)
+        assert counts[USEFUL] + counts[MISSED] >= counts[NEEDED] > 0
+
+
+def test_what_was_fetched_ahead_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ahead of a step its own token is not there to be asked for."""
+    monkeypatch.setattr(hot_set, "PAYS_FROM", 0.0)
     model = tiny_model("llama")
     options = {"budget": 24, "offload": True, "hot_tokens": 60, "prefetch": True}
     with fierpatch.apply(model, **options) as handle:

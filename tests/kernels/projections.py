@@ -54,7 +54,12 @@ def check_projection(layer: Layer, device: torch.device) -> None:
     tensors = [None if tensor is None else tensor.double() for tensor in (source, weight, bias)]
     exact = linear(*tensors)
     sizes = linear(*[None if tensor is None else tensor.abs() for tensor in tensors])
-    found = project(source, weight, bias)
+    without = project(source, weight, bias, torch.zeros(1, dtype=torch.int64, device=device))
+    none = torch.zeros((), dtype=layer.dtype, device=device)
+    assert torch.equal(without, (none if bias is None else bias).expand_as(without))
+    length = torch.full((1,), 3, device=device)
+    found = project(source, weight, bias, length)
+    assert torch.equal(found, project(source, weight, bias))
     assert found.shape == (layer.num_rows, 1, layer.num_outputs)
     assert found.dtype == layer.dtype
     # Products of float16 are exact in float32, in which a sum of n terms, one after the other, errs

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fierpatch.hot_set import EMPTY, MISSING, HotSet
+from fierpatch.hot_set import EMPTY, MISSING, NEEDED, HotSet
 from fierpatch.hot_set import fetch as fetch_reference
 from fierpatch.hot_set import place as place_reference
 from fierpatch.rows import split
@@ -133,7 +133,7 @@ def check_residency(case: Steps, device: torch.device) -> None:
         if case.candidates:
             more = lists_of(case, step + 1, case.candidates, generator)
             stored = case.num_tokens - case.num_tokens // 5
-            fewer = torch.full_like(counters, stored)
+            fewer = torch.full_like(counters[:1], stored)
             places = residency.place(found, more.to(device), fewer)
             residency.fetch(found, places, more.to(device), held)
             more = torch.where(more < stored, more, EMPTY)
@@ -143,6 +143,22 @@ def check_residency(case: Steps, device: torch.device) -> None:
         for mine, other in zip(found.tensors[1:], expected.tensors[1:], strict=True):
             assert torch.equal(mine.cpu(), other)
         assert torch.equal(words(found.rows.cpu()), words(expected.rows))
+
+
+def check_lengths_ahead(num_lists: int, width: int, extra: int, device: torch.device) -> None:
+    """All that is stored from the least on that it pays from, else nothing, but one to select."""
+    from fierpatch.kernels import append, residency
+
+    hot = HotSet.empty(width, 9, 1, num_lists, 4, torch.zeros(1, device=device))
+    needed = max(hot.least_needed(width) + extra, 0)
+    hot.tally[..., NEEDED] = needed // num_lists
+    hot.tally[:, 0, NEEDED] += needed % num_lists
+    counters = append.new_counters(device)
+    for stored in (0, 1, 77):
+        counters[0] = stored
+        lengths = residency.lengths_ahead(hot, width, counters)
+        end = stored if extra >= 0 else 0
+        assert [length.tolist() for length in lengths] == [[max(end, 1)], [end]]
 
 
 def hide_hits(paired: Tensor, lists: Tensor, places: Tensor) -> Tensor:

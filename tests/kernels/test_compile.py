@@ -40,6 +40,7 @@ HOT = {  # what a step of an index launches, at the least, and its prefill
     "code_scores_kernel",
     "key_scores_kernel",
     "refine_kernel",
+    "lengths_kernel",
     "place_kernel",
     "project_kernel",
     "gather_attention_kernel",

@@ -12,6 +12,7 @@ from kernels.residencies import (
     Steps,
     any_steps,
     check_an_empty_row_goes_first,
+    check_lengths_ahead,
     check_residency,
 )
 from kernels.tensors import few
@@ -30,6 +31,18 @@ def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
 
 def test_an_empty_row_goes_before_the_oldest() -> None:
     check_an_empty_row_goes_first(CPU)
+
+
+@few(25)
+@given(
+    num_lists=st.integers(1, 40),
+    width=st.sampled_from((1, 9, 1024)),
+    extra=st.sampled_from((-1, 0, 1, 100)),
+)
+def test_ahead_is_as_far_as_the_last_step_says_it_pays(
+    num_lists: int, width: int, extra: int
+) -> None:
+    check_lengths_ahead(num_lists, width, extra, CPU)
 
 
 @few(15)

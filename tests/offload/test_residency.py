@@ -14,6 +14,8 @@ from fierpatch.hot_set import (
     EMPTY,
     MISSED,
     MISSING,
+    NEEDED,
+    NUM_COUNTS,
     PREFETCHED,
     USED,
     USEFUL,
@@ -112,7 +114,7 @@ class HotSetMachine(RuleBasedStateMachine):
         num_lists = num_heads * lists_per_head
         self.hot = HotSet.empty(num_rows, NUM_TOKENS, batch_size, num_lists, 3, self.paired)
         self.models = [[Residency(num_rows) for _ in range(num_lists)] for _ in range(batch_size)]
-        self.sums = torch.zeros(batch_size, num_lists, 6, dtype=torch.int64)
+        self.sums = torch.zeros(batch_size, num_lists, NUM_COUNTS, dtype=torch.int64)
 
     def rows_of(self, lists: list[list[list[int]]], *, is_prefetch: bool) -> None:
         token_indices = torch.tensor(lists)[:, :, None]
@@ -121,6 +123,7 @@ class HotSetMachine(RuleBasedStateMachine):
         for b, models in enumerate(self.models):
             for number, model in enumerate(models):
                 chosen = lists[b][number]
+                useful = model.num_useful
                 expected = model.prefetch(chosen) if is_prefetch else model.place(chosen)
                 assert tuple(rows[b, number, 0].tolist()) == expected.rows
                 missing = places[b, number, 0] >= MISSING
@@ -131,6 +134,8 @@ class HotSetMachine(RuleBasedStateMachine):
                 self.sums[b, number, ASKED if is_prefetch else USED] += used
                 self.sums[b, number, CLOCK] = model.step
                 self.sums[b, number, USEFUL] = model.num_useful
+                if not is_prefetch:
+                    self.sums[b, number, NEEDED] = len(fetched) + model.num_useful - useful
 
     def draw_lists(self, data: st.DataObject, width: int) -> list[list[list[int]]]:
         """Lists of tokens and unused slots in any order."""
