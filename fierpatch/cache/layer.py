@@ -62,8 +62,8 @@ class LayerCache(Prefetch):
         self.hands_out_all = False
         self.observer: Observer | None = None
         self.block_observer: BlockObserver | None = None
-        # What travels on the returned tensors; a strong reference would be a cycle.
-        self._mark = weakref.ref(self)
+        # What travels on the returned tensors and elsewhere; a strong reference would be a cycle.
+        self.mark = weakref.ref(self)
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return the keys and values to attend over.
@@ -97,8 +97,8 @@ class LayerCache(Prefetch):
             keys, values = self._store_prompt(key, value)
         else:
             keys, values = self._store_step(key, value, is_prompt)
-        setattr(keys, MARK, self._mark)
-        setattr(values, MARK, self._mark)
+        setattr(keys, MARK, self.mark)
+        setattr(values, MARK, self.mark)
         return keys, values
 
     def mask_length(self, num_new: int) -> int:

@@ -60,7 +60,8 @@ class NextQuery:
         self.rotary = rotary
         self.has_twin = has_twin
         self.has_start = has_start
-        self.waiting: LayerCache | None = None  # for `FetchStart`
+        # For `FetchStart`, which a step that is broken off does not reach.
+        self.waiting: weakref.ref[LayerCache] | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Runs before the layer; see `torch.nn.Module.register_forward_pre_hook`."""
@@ -79,7 +80,7 @@ class NextQuery:
                 rotation = self._known_rotation(cache) if self.has_twin else None
                 store.fetches_on_call = self.has_start
                 store.prefetch(self._estimate(hidden_states.to(device), options, rotation))
-                self.waiting = store if self.has_start else None
+                self.waiting = store.mark if self.has_start else None
 
     def _known_rotation(self, cache: FierCache) -> Tensor | None:
         """The matrix by which the layer's own query was estimated."""
@@ -155,7 +156,9 @@ class FetchStart:
         """Runs before the module; see `torch.nn.Module.register_forward_pre_hook`."""
         if self.query is None or self.query.waiting is None or not inputs:
             return
-        store, self.query.waiting = self.query.waiting, None
+        store, self.query.waiting = self.query.waiting(), None
+        if store is None:
+            return
         before: Tensor = inputs[0]
         # Named as changed to the compiler, which autograd would take at its word.
         store.fetch_placed(None if before.requires_grad else before)

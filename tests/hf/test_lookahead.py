@@ -226,6 +226,25 @@ def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_at
     assert log.index(("place", cache.stores[3])) < before < log.index(("fetch", cache.stores[3]))
 
 
+def test_a_step_that_breaks_off_before_it_fetches_keeps_no_cache() -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(40), past_key_values=cache)
+        hook = model.model.layers[1].self_attn.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(1), past_key_values=cache)
+        hook.remove()
+        gone = weakref.ref(cache.stores[2])
+        del cache
+        gc.collect()
+        assert gone() is None
+        model.generate(prompt(40), max_new_tokens=3)
+
+
 def test_only_a_cache_that_is_to_fetch_ahead_is_asked(estimates: Estimates) -> None:
     model = tiny_model("llama")
     resident = SETTINGS.replace(prefetch=False, offload=False)
