@@ -273,7 +273,8 @@ def test_steps_of_every_tier_have_rows_by_overlap(name: str, tmp_path: Path) -> 
         assert (row["host_mib"] > 0) == (name != "resident")
     if name != "resident":
         assert rows[0]["hit"] > rows[1]["hit"]
-    assert ("prefetch" in name) == bool(rows[0].get("prefetched"))
+    # Where most of a selection was there before it does not pay.
+    assert [bool(row.get("prefetched")) for row in rows] == [False, "prefetch" in name]
 
 
 def test_prefill_is_measured_on_the_device_and_on_the_host(tmp_path: Path) -> None:
