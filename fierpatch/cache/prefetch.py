@@ -58,7 +58,7 @@ class Prefetch(LayerBuffers):
     def _have_next_read(self, stored: int, num_new: int) -> None:
         """Have the next layer read what is stored for the prompt that this one was given."""
         following = self._following
-        if stored and following is not None and following.is_offloaded and following.is_allocated:
+        if stored and following is not None and following.is_allocated:
             following._allocated.read_ahead(stored, num_new)
 
     def _have_next_place(self) -> None:

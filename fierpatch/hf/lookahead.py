@@ -52,14 +52,13 @@ class NextQuery:
         rotary: Any = None,
         *,
         has_twin: bool = False,
-        has_start: bool = False,
     ) -> None:
         self.number = number
         self.form = form
         self.layer = layer
         self.rotary = rotary
         self.has_twin = has_twin
-        self.has_start = has_start
+        self.has_start = False
         # For `FetchStart`, which a step that is broken off does not reach.
         self.waiting: weakref.ref[LayerCache] | None = None
 
@@ -179,6 +178,7 @@ class Lookahead:
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             self._hooks.append((weakref.ref(layer), weakref.ref(hook), handle))
             after = _after_attention(layer)
+            hook.has_start = after is not None
             if after is not None:
                 self._starts.append(
                     after.register_forward_pre_hook(FetchStart(hook), with_kwargs=True)
@@ -201,8 +201,7 @@ class Lookahead:
             deepcopy(handle, memo).remove()  # the hook that was copied with it
             parts = deepcopy(estimate.layer, memo), deepcopy(estimate.rotary, memo)
             following = estimate.number, estimate.form, *parts
-            has_twin, has_start = estimate.has_twin, estimate.has_start
-            hooks.append((copied, NextQuery(*following, has_twin=has_twin, has_start=has_start)))
+            hooks.append((copied, NextQuery(*following, has_twin=estimate.has_twin)))
         for handle in self._starts:
             deepcopy(handle, memo).remove()
         return Lookahead(hooks)
@@ -235,11 +234,8 @@ def plan(model: PreTrainedModel, settings: FierConfig) -> list[tuple[nn.Module, 
             ) from error
         known = [(hook.number, hook.form) for _, hook in hooks if form.rotary_type is None]
         has_twin = (number - 1, form) in known
-        layer, has_start = layers[number - 1], _after_attention(layers[number - 1]) is not None
-        hook = NextQuery(
-            number, form, layers[number], rotary, has_twin=has_twin, has_start=has_start
-        )
-        hooks.append((layer, hook))
+        hook = NextQuery(number, form, layers[number], rotary, has_twin=has_twin)
+        hooks.append((layers[number - 1], hook))
     return hooks
 
 

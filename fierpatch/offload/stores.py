@@ -235,10 +235,9 @@ class HostStore:
 
     def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """See `Store`."""
-        if self._ahead is None or self._ahead.lengths != (start, key.shape[2]):
-            self.read_ahead(start, key.shape[2])
         ahead, self._ahead = self._ahead, None
-        assert ahead is not None
+        if ahead is None or ahead.lengths != (start, key.shape[2]):
+            ahead = self._receive(start, key.shape[2])
         ahead.wait()
         keys, values = split([ahead.paired], self._head_dim)
         keys[:, :, start:], values[:, :, start:] = key, value
@@ -246,9 +245,7 @@ class HostStore:
 
     def read_ahead(self, start: int, num_new: int) -> None:
         """See `Store`. Beside the computation."""
-        paired = self.paired.new_empty((start + num_new, *self.paired.shape[1:]))
-        wait = self._transfer.receive(self._host[:start], paired[:start])
-        self._ahead = _Ahead((start, num_new), paired, wait)
+        self._ahead = self._receive(start, num_new)
 
     def forget(self, num_tokens: int) -> None:
         """See `Store`."""
@@ -260,6 +257,11 @@ class HostStore:
         token = torch.arange(self.paired.shape[0], device=self.paired.device)
         is_stale = (token >= num_tokens)[:, None, None, None]
         return split([self.paired.masked_fill(is_stale, 0.0)], self._head_dim)
+
+    def _receive(self, start: int, num_new: int) -> _Ahead:
+        paired = self.paired.new_empty((start + num_new, *self.paired.shape[1:]))
+        wait = self._transfer.receive(self._host[:start], paired[:start])
+        return _Ahead((start, num_new), paired, wait)
 
     def _allocate(self, batch_size: int, num_heads: int, width: int, capacity: int) -> None:
         row = batch_size * num_heads * width * self._dtype.itemsize
