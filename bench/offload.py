@@ -233,7 +233,8 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     hot = HotSet.empty(2 * budget, context, 1, heads, width, paired)
     lists = torch.stack([torch.randperm(context, device=device)[:budget] for _ in range(heads)])
     lists = lists[None, :, None].contiguous()
-    places = residency.place(hot, lists).clone()
+    length = torch.ones(1, dtype=torch.int64, device=device)
+    placed = residency.place(hot, lists)
     token = torch.randn(1, hidden, dtype=dtype, device=device)
     wide = torch.randn(1, inner, dtype=dtype, device=device)
     side = side_stream(device)
@@ -245,7 +246,7 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
                 if with_gather and place == 2:
                     side.wait_stream(main)
                     with torch.cuda.stream(side):
-                        residency.fetch(hot, places, lists, paired)
+                        residency.fetch(hot, placed, lists, length, paired)
                 if with_weights:
                     torch.nn.functional.linear(wide if place == 3 else token, matrix)
                 if with_gather and place == 0 and number:

@@ -29,7 +29,7 @@ def place_ahead(
     *,
     sinks: int,
     recent: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select by an estimate of the next step's query, and give what of it is missing a place.
 
     Nothing is selected where the last step says that it would not pay; that is known on the device
@@ -39,18 +39,23 @@ def place_ahead(
         shape: of the retrieval.
         hot: the layer's, which may not be used before `fetch_ahead` and `await_fetched`.
         estimate: of the query, which is computed beside all else too.
-        state, counters: the layer's, which nothing may change before `await_placed`.
+        state, counters: the layer's, which nothing may change before `await_fetched`.
 
     Returns:
-        Tokens and places, for `fetch_ahead`, and memory that like the estimate's must not be freed
-        before `await_placed`.
+        Tokens, places and a length, for `fetch_ahead`, and memory, none of which must be freed
+        before `await_fetched`; nor the estimate's.
     """
     device = estimate.source.device
     # Of the stream that goes on, whose allocator would give it away again without a wait.
     room = estimate.source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8)
+    lengths = counters.new_empty(4)
     scratch = Scratch.within(shape, room)
     with _beside(_selection_stream, device):
-        length, placed_length = residency.lengths_ahead(hot, shape.width, counters)
+        # Candidates that nobody chose would be read anywhere.
+        shortest = 1 if shape.refine else 0
+        length, placed_length = residency.lengths_ahead(
+            hot, shape.width, counters, lengths, shortest=shortest
+        )
         chosen = retrieve.retrieve(
             shape,
             scratch,
@@ -61,32 +66,26 @@ def place_ahead(
             sinks=sinks,
             recent=recent,
         )
-        places = residency.place(hot, chosen, placed_length)
+        placed = residency.place(hot, chosen, placed_length)
         _record(_placed, device)
-    return chosen, places, room
+    return chosen, placed, placed_length, room
 
 
-def fetch_ahead(hot: HotSet, paired: Tensor, chosen: Tensor, places: Tensor) -> None:
+def fetch_ahead(
+    hot: HotSet, paired: Tensor, chosen: Tensor, placed: Tensor, length: Tensor
+) -> None:
     """Fetch what `place_ahead` placed.
 
     Apart from it, so that it starts behind what the layer at work reads from the host itself.
 
     Args:
         paired: the layer's rows.
-        chosen, places: not to be freed before `await_fetched`.
+        chosen, placed, length: what `place_ahead` gave.
     """
     with _beside(side_stream, chosen.device):
         _await(_placed, chosen.device)
-        residency.fetch(hot, places, chosen, paired)
+        residency.fetch(hot, placed, chosen, length, paired)
         _record(_fetched, chosen.device)
-
-
-def await_placed(like: Tensor) -> None:
-    """Let the current stream of a tensor's device wait until what is fetched ahead has its place.
-
-    The fetch itself may go on: tokens that are stored do not change.
-    """
-    _await(_placed, like.device)
 
 
 def await_fetched(like: Tensor) -> None:

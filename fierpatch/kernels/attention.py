@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fierpatch.kernels.constants import LOG2_E, MISSING
+from fierpatch.hot_set import HotSet
+from fierpatch.kernels.constants import EMPTY, LOG2_E, MISSING
 from fierpatch.kernels.early import await_previous, can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.layout import pair_width, rows_of
 from fierpatch.kernels.logits import Logits, cap
+from fierpatch.kernels.residency import settle
 
 _SLICE = 32  # channels of a float32 product that are added up one after the other
 _MAX_SPLITS = 16
@@ -42,6 +44,113 @@ def products(query, keys, SLICES: tl.constexpr, PRECISION: tl.constexpr):
         return tl.sum(tl.dot(_slices(query, SLICES), turned, input_precision=PRECISION), axis=0)
 
 
+@triton.jit
+def _attend_block(
+    query,
+    slot,
+    most,
+    total,
+    mixed,
+    keys_ptr,
+    values_ptr,
+    key_step,
+    value_step,
+    token_index_ptr,
+    hot_ptr,
+    row_of_ptr,
+    visible_ptr,
+    width,
+    logit_scale,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_LIST: tl.constexpr,
+    HAS_HOT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """The softmax over some slots more; also what was read for them, and what of it was missing."""
+    channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    if HAS_LIST:
+        # Past the first-level cache, for the list is not of the kernel before if that places.
+        token = tl.load(token_index_ptr + slot, mask=slot < width, other=-1, cache_modifier=".cg")
+        is_used = token >= 0
+    else:
+        token = slot.to(tl.int64)
+        is_used = slot < width
+        if HAS_MASK:
+            is_used = is_used & (tl.load(visible_ptr + slot, mask=is_used, other=0) != 0)
+    key_ptr = keys_ptr + token * key_step
+    value_ptr = values_ptr + token * value_step
+    is_missing = is_used
+    if HAS_HOT:
+        held = tl.load(row_of_ptr + token, mask=is_used, other=EMPTY, cache_modifier=".cg").to(
+            tl.int64
+        )
+        is_missing = is_used & (held < 0)
+        row_ptr = hot_ptr + tl.maximum(held, 0) * PAIR
+        key_ptr = tl.where(is_missing, key_ptr, row_ptr)
+        value_ptr = tl.where(is_missing, value_ptr, row_ptr + D)
+    keys = tl.load(
+        key_ptr[:, None] + channel[None, :],
+        mask=is_used[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
+    values = tl.load(
+        value_ptr[:, None] + value_channel[None, :],
+        mask=is_used[:, None] & (value_channel < DV)[None, :],
+        other=0.0,
+    )
+    logit = products(query, keys, SLICES, PRECISION) * logit_scale
+    if HAS_CAP:
+        logit = cap(logit, softcap)
+    logit = tl.where(is_used[None, :], logit, float("-inf"))
+    larger = tl.maximum(most, tl.max(logit, axis=1))
+    reference = tl.where(larger == float("-inf"), 0.0, larger)
+    weight = tl.exp2((logit - reference[:, None]) * LOG2_E)
+    shrink = tl.exp2((most - reference) * LOG2_E)
+    total = total * shrink + tl.sum(weight, axis=1)
+    mixed = mixed * shrink[:, None]
+    mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision=PRECISION)
+    return larger, total, mixed, keys, values, token, is_missing
+
+
+@triton.jit
+def _leave(
+    keys,
+    values,
+    token,
+    slot,
+    is_missing,
+    place_ptr,
+    left_ptr,
+    hot_ptr,
+    row_of_ptr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Leave what was missing of some slots in the hot rows that `place_kernel` gives it."""
+    channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    place = tl.load(place_ptr + slot, mask=is_missing, other=MISSING)
+    left = tl.load(left_ptr + slot, mask=is_missing, other=EMPTY)
+    row_ptr = hot_ptr + (place - MISSING).to(tl.int64)[:, None] * PAIR
+    tl.store(row_ptr + channel[None, :], keys, mask=is_missing[:, None] & (channel < D)[None, :])
+    tl.store(
+        row_ptr + D + value_channel[None, :],
+        values,
+        mask=is_missing[:, None] & (value_channel < DV)[None, :],
+    )
+    settle(row_of_ptr, token, place, left, is_missing)
+
+
 @triton.jit(
     do_not_specialize=[
         "stride_b", "stride_h", "stride_t", "visible_stride_b", "visible_stride_t",
@@ -54,7 +163,9 @@ def gather_attention_kernel(
     values_ptr,
     token_index_ptr,
     place_ptr,
+    left_ptr,
     hot_ptr,
+    row_of_ptr,
     visible_ptr,
     sink_ptr,
     counters_ptr,
@@ -94,6 +205,7 @@ def gather_attention_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_COUNTERS: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     """The query heads of one list over one split of it; a row is ``(b, list, t)``.
@@ -101,8 +213,11 @@ def gather_attention_kernel(
     Without a list, over one split of all tokens stored that the mask, or causality, allows. With
     one, it starts beside the kernel that writes the list.
 
-    With hot rows ``[lists, hot_rows, D + DV]`` a token is read where `place_ptr` says that it lies:
-    there, or if it is marked as missing among the paired rows, to be left there on the way.
+    With hot rows ``[lists, hot_rows, D + DV]`` a token is read there if row_of, ``[lists,
+    capacity]``, names a row, else among the paired rows. What is missing so is left in the row that
+    `place_kernel` gives it. That decides meanwhile: it waits for the list before it lets this
+    start, and changes no row_of, so that it need not have ended before rows are left; where a
+    program has one block, at the very end.
 
     The softmax is online (Milakov and Gimelshein, arXiv 1805.02867). Its logits turn into units of
     log2 as differences to the largest, which are near 0 where the weight is not.
@@ -119,7 +234,6 @@ def gather_attention_kernel(
     head = tl.arange(0, BLOCK_H)
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
-    slot = tl.arange(0, BLOCK_N)
     query_ptr += b * stride_b + list_ * HEADS * stride_h + t * stride_t
     query = tl.load(
         query_ptr + head[:, None].to(tl.int64) * stride_h + channel[None, :],
@@ -128,11 +242,14 @@ def gather_attention_kernel(
         cache_modifier=".cg",
     )
     if HAS_LIST:
-        await_previous(IS_EARLY)
+        if not HAS_HOT:
+            await_previous(IS_EARLY)
         token_index_ptr += row * width
         if HAS_HOT:
             place_ptr += row * width
+            left_ptr += row * width
             hot_ptr += row * hot_rows * PAIR
+            row_of_ptr += row * capacity
     else:
         width = tl.minimum(tl.load(counters_ptr).to(tl.int32), capacity)
         if HAS_MASK:
@@ -146,57 +263,28 @@ def gather_attention_kernel(
     total = tl.zeros([BLOCK_H], tl.float32)
     mixed = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
     share = tl.cdiv(tl.cdiv(width, SPLITS), BLOCK_N) * BLOCK_N
-    for start in range(split * share, tl.minimum(split * share + share, width), BLOCK_N):
-        place = start + slot
-        if HAS_LIST:
-            token = tl.load(token_index_ptr + place, mask=place < width, other=-1)
-            is_used = token >= 0
-        else:
-            token = place.to(tl.int64)
-            is_used = place < width
-            if HAS_MASK:
-                is_used = is_used & (tl.load(visible_ptr + place, mask=is_used, other=0) != 0)
-        key_ptr = keys_ptr + token * key_step
-        value_ptr = values_ptr + token * value_step
-        if HAS_HOT:
-            lies = tl.load(place_ptr + place, mask=is_used, other=0)
-            is_missing = is_used & (lies >= MISSING)
-            row_ptr = hot_ptr + (lies % MISSING).to(tl.int64) * PAIR
-            key_ptr = tl.where(is_missing, key_ptr, row_ptr)
-            value_ptr = tl.where(is_missing, value_ptr, row_ptr + D)
-        keys = tl.load(
-            key_ptr[:, None] + channel[None, :],
-            mask=is_used[:, None] & (channel < D)[None, :],
-            other=0.0,
-        )
-        values = tl.load(
-            value_ptr[:, None] + value_channel[None, :],
-            mask=is_used[:, None] & (value_channel < DV)[None, :],
-            other=0.0,
-        )
-        if HAS_HOT:
-            tl.store(
-                row_ptr[:, None] + channel[None, :],
-                keys,
-                mask=is_missing[:, None] & (channel < D)[None, :],
-            )
-            tl.store(
-                row_ptr[:, None] + D + value_channel[None, :],
-                values,
-                mask=is_missing[:, None] & (value_channel < DV)[None, :],
-            )
-        logit = products(query, keys, SLICES, PRECISION) * logit_scale
-        if HAS_CAP:
-            logit = cap(logit, softcap)
-        logit = tl.where(is_used[None, :], logit, float("-inf"))
-        larger = tl.maximum(most, tl.max(logit, axis=1))
-        reference = tl.where(larger == float("-inf"), 0.0, larger)
-        weight = tl.exp2((logit - reference[:, None]) * LOG2_E)
-        shrink = tl.exp2((most - reference) * LOG2_E)
-        total = total * shrink + tl.sum(weight, axis=1)
-        mixed = mixed * shrink[:, None]
-        mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision=PRECISION)
-        most = larger
+    own_slot = split * share + tl.arange(0, BLOCK_N)
+    if IS_ONE_BLOCK:
+        most, total, mixed, keys, values, token, is_missing = _attend_block(
+            query, own_slot, most, total, mixed, keys_ptr, values_ptr, key_step, value_step,
+            token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, logit_scale, softcap,
+            D, BLOCK_D, DV, PAIR, BLOCK_DV, SLICES, PRECISION, HAS_LIST, HAS_HOT, HAS_MASK, HAS_CAP,
+        )  # fmt: skip
+    else:
+        for start in range(split * share, tl.minimum(split * share + share, width), BLOCK_N):
+            slot = start + tl.arange(0, BLOCK_N)
+            most, total, mixed, keys, values, token, is_missing = _attend_block(
+                query, slot, most, total, mixed, keys_ptr, values_ptr, key_step, value_step,
+                token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, logit_scale, softcap,
+                D, BLOCK_D, DV, PAIR, BLOCK_DV, SLICES, PRECISION,
+                HAS_LIST, HAS_HOT, HAS_MASK, HAS_CAP,
+            )  # fmt: skip
+            if HAS_HOT:
+                await_previous(IS_EARLY)
+                _leave(
+                    keys, values, token, slot, is_missing, place_ptr, left_ptr, hot_ptr, row_of_ptr,
+                    D, BLOCK_D, DV, PAIR, BLOCK_DV,
+                )  # fmt: skip
     place = (row * SPLITS + split) * HEADS + head
     mask = (head < HEADS)[:, None] & (value_channel < DV)[None, :]
     tl.store(partial_ptr + place[:, None] * DV + value_channel[None, :], mixed, mask=mask)
@@ -239,6 +327,12 @@ def gather_attention_kernel(
             # More tokens than the cache holds cannot raise on the device, but must not pass.
             merged = tl.where(is_full, float("nan"), merged)
             tl.store(output_ptr + column, merged, mask=within)
+    if HAS_HOT and IS_ONE_BLOCK:
+        await_previous(IS_EARLY)
+        _leave(
+            keys, values, token, own_slot, is_missing,
+            place_ptr, left_ptr, hot_ptr, row_of_ptr, D, BLOCK_D, DV, PAIR, BLOCK_DV,
+        )  # fmt: skip
 
 
 def num_splits(num_rows: int, width: int) -> int:
@@ -269,7 +363,7 @@ def gather_attention(
     counters: Tensor | None = None,
     arrivals: Tensor | None = None,
     allocate: Callable[[int], Tensor] | None = None,
-    hot: tuple[Tensor, Tensor] | None = None,
+    hot: tuple[HotSet, Tensor] | None = None,
 ) -> Tensor:
     """`fierpatch.reference.gather_attention` with heads and queries swapped.
 
@@ -280,8 +374,8 @@ def gather_attention(
         counters: with them, the output is NaN if more tokens were stored than C.
         arrivals: int32 zeros, one a row of `token_indices` at least; left as they are found.
         allocate: gives room for so many float32 numbers; None is fresh memory.
-        hot: the rows ``[B, H or Hq, R, D + Dv]`` of a `fierpatch.hot_set.HotSet` and what `place`
-            says of the list; missing ones are fetched. For one query and paired rows.
+        hot: a hot set of as many lists, and what `fierpatch.kernels.residency.place` says of these;
+            missing rows are fetched. For one query and paired rows.
 
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype.
@@ -331,7 +425,7 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     token_indices: Tensor | None,
-    hot: tuple[Tensor, Tensor] | None,
+    hot: tuple[HotSet, Tensor] | None,
     visible: Tensor | None,
     num_lists: int,
     width: int,
@@ -363,17 +457,21 @@ def _attend(
     most, total = room[outputs_size:], room[outputs_size + sums_size :]
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
     logits = Logits(scale, softcap)
-    hot_rows, place = hot or (None, None)
+    hot_rows, row_of, place, left = None, None, None, None
+    if hot is not None:
+        (hot_rows, row_of), (place, left) = (hot[0].rows, hot[0].row_of), hot[1]
+    at_once = splits * _block_size(max(head_dim, value_head_dim), query.dtype)
     attend_specialization(
         head_dim, value_head_dim, pair_width(keys), heads, num_lists // num_kv_heads, splits,
         query.dtype, logits.has_cap, None if sink_logits is None else sink_logits.dtype,
         counters is not None,
-        token_indices is not None, hot is not None, visible is not None,
+        token_indices is not None, None if row_of is None else row_of.dtype, visible is not None,
+        hot is not None and width <= at_once,
         token_indices is not None and can_start_early(query.device),
     ).launch(
         (num_rows, splits, 1),
-        query, keys, values, token_indices, place, hot_rows, visible, sink_logits, counters,
-        room, most, total, arrivals, output,
+        query, keys, values, token_indices, place, left, hot_rows, row_of, visible, sink_logits,
+        counters, room, most, total, arrivals, output,
         *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
         0 if hot_rows is None else hot_rows.shape[2], logits.factor, softcap,
     )  # fmt: skip
@@ -383,6 +481,11 @@ def _attend(
 def _aligned_size(size: int) -> int:
     """So many float32 numbers, or a few more, that what follows them is 16-byte aligned."""
     return -(-size // 4) * 4
+
+
+def _block_size(widest: int, dtype: torch.dtype) -> int:
+    """Tokens that a program attends to at once."""
+    return 16 if dtype == torch.float32 else 32 if widest > 128 else 64
 
 
 def product_constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -407,12 +510,12 @@ def attend_specialization(
     sink_dtype: torch.dtype | None,
     has_counters: bool,
     has_list: bool,
-    has_hot: bool,
+    row_dtype: torch.dtype | None,
     has_mask: bool,
+    is_one_block: bool,
     is_early: bool,
 ) -> Specialization:
     """Of `gather_attention_kernel`."""
-    widest, is_float32 = max(head_dim, value_head_dim), dtype == torch.float32
     constants = {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -422,16 +525,17 @@ def attend_specialization(
         "HEADS": heads,
         "BLOCK_H": max(16, triton.next_power_of_2(heads)),
         "LISTS_PER_KV_HEAD": lists_per_kv_head,
-        "BLOCK_N": 16 if is_float32 else 32 if widest > 128 else 64,
+        "BLOCK_N": _block_size(max(head_dim, value_head_dim), dtype),
         "SPLITS": splits,
         "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
         **product_constants(head_dim, dtype),
         "HAS_LIST": has_list,
-        "HAS_HOT": has_hot,
+        "HAS_HOT": row_dtype is not None,
         "HAS_MASK": has_mask,
         "HAS_CAP": has_cap,
         "HAS_SINK": sink_dtype is not None,
         "HAS_COUNTERS": has_counters,
+        "IS_ONE_BLOCK": is_one_block,
         "IS_EARLY": is_early,
     }
     # A list is a block or two a program; all tokens are many, and worth fetching ahead.

@@ -13,7 +13,7 @@ from torch import Tensor
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, residency, retrieve
-from fierpatch.kernels.ahead import await_fetched, await_placed, fetch_ahead, place_ahead
+from fierpatch.kernels.ahead import await_fetched, fetch_ahead, place_ahead
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
@@ -47,24 +47,23 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    # Of these four ops' arguments some are named as changed to keep the compiler from putting off
+    # Of these three ops' arguments some are named as changed to keep the compiler from putting off
     # a start, or from waiting at once for what runs beside: who reads or changes them comes after.
     "triton_place_ahead(Tensor source, Tensor? weight, Tensor? bias, Tensor? rotation, "
     "Tensor(a!)[] hot, Tensor[] state, Tensor(b!) counters, Tensor(c!)? before, "
     f"{_INDEX}, int budget, int sinks, int recent, bool per_query_head, float scale, int refine) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_fetch_ahead(Tensor paired, Tensor(a!)[] hot, Tensor chosen, Tensor places, "
-    "Tensor(b!)? before) -> ()",
+    "triton_fetch_ahead(Tensor paired, Tensor(a!)[] hot, Tensor chosen, Tensor placed, "
+    "Tensor length, Tensor(b!)? before) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_await_placed(Tensor(a!) counters, Tensor[] kept, Tensor after) -> ()", tags=_TAGS
-)
-_LIBRARY.define(
-    "triton_await_fetched(Tensor(a!) tally, Tensor[] kept, Tensor(b!) after) -> ()", tags=_TAGS
+    "triton_await_fetched(Tensor(a!) tally, Tensor(b!) counters, Tensor[] kept, Tensor? after) "
+    "-> ()",
+    tags=_TAGS,
 )
 _LIBRARY.define(
     "triton_attend_all(Tensor query, Tensor[] rows, Tensor counters, "
@@ -168,10 +167,10 @@ def _attend_hot(
 ) -> Tensor:
     """As `_attend` for one query, by way of a hot set that it updates."""
     hot_set = HotSet(*hot)
-    places = residency.place(hot_set, token_indices)
+    placed = residency.place(hot_set, token_indices)
     return attention.gather_attention(
         query, *split([paired], query.shape[3]), token_indices, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, counters=counters, arrivals=arrivals, hot=(hot_set.rows, places),
+        sink_logits=sink_logits, counters=counters, arrivals=arrivals, hot=(hot_set, placed),
     )  # fmt: skip
 
 
@@ -195,8 +194,8 @@ def _place_ahead(
     per_query_head: bool,
     scale: float,
     refine: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Start to place what an estimate of the next query selects: tokens, places, room to keep."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Start to place what an estimate of the next query selects, see `place_ahead`."""
     named = (index, bits, group_size, seed, refine_bits)
     estimate = QueryEstimate(source, weight, bias, rotation)
     shape = _shape_of(named, estimate.size, state, budget, per_query_head, refine)
@@ -225,7 +224,7 @@ def _place_ahead_fake(
     per_query_head: bool,
     scale: float,
     refine: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_place_ahead` returns, without the numbers."""
     named = (index, bits, group_size, seed, refine_bits)
     size = QueryEstimate(source, weight, bias, rotation).size
@@ -233,25 +232,28 @@ def _place_ahead_fake(
     lists = (size[0], shape.num_lists, 1, shape.width)
     return (
         source.new_empty(lists, dtype=torch.int64),
-        source.new_empty(lists, dtype=torch.int32),
+        source.new_empty((2, *lists), dtype=torch.int32),
+        source.new_empty(1, dtype=torch.int64),
         source.new_empty(Scratch.nbytes_of(shape), dtype=torch.uint8),
     )
 
 
 def _fetch_ahead(
-    paired: Tensor, hot: list[Tensor], chosen: Tensor, places: Tensor, before: Tensor | None
+    paired: Tensor,
+    hot: list[Tensor],
+    chosen: Tensor,
+    placed: Tensor,
+    length: Tensor,
+    before: Tensor | None,
 ) -> None:
     """Start to fetch what `_place_ahead` placed."""
-    fetch_ahead(HotSet(*hot), paired, chosen, places)
+    fetch_ahead(HotSet(*hot), paired, chosen, placed, length)
 
 
-def _await_placed(counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
-    """Wait until `_place_ahead` has read the index and the counters."""
-    await_placed(counters)
-
-
-def _await_fetched(tally: Tensor, kept: list[Tensor], after: Tensor) -> None:
-    """Wait for all that `_fetch_ahead` started."""
+def _await_fetched(
+    tally: Tensor, counters: Tensor, kept: list[Tensor], after: Tensor | None
+) -> None:
+    """Wait for all that `_place_ahead` and `_fetch_ahead` started."""
     await_fetched(tally)
 
 
@@ -278,7 +280,6 @@ _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_hot", _attend_hot, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_place_ahead", _place_ahead, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_fetch_ahead", _fetch_ahead, "CompositeExplicitAutograd")
-_LIBRARY.impl("triton_await_placed", _await_placed, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_await_fetched", _await_fetched, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
@@ -287,6 +288,5 @@ torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LI
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_place_ahead", _place_ahead_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_fetch_ahead", lambda *args: None, lib=_LIBRARY)
-torch.library.register_fake("fierpatch::triton_await_placed", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_await_fetched", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend_hot", attend_hot_fake, lib=_LIBRARY)

@@ -193,7 +193,7 @@ class KernelOperators:
                     query, rows[0], hot.tensors, *rest
                 )
             return output
-        placed = None if hot is None else (hot.rows, residency.place(hot, token_indices))
+        placed = None if hot is None else (hot, residency.place(hot, token_indices))
         return attention.gather_attention(
             query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
@@ -220,15 +220,13 @@ class KernelOperators:
         self, rows: list[Tensor], hot: HotSet, kept: list[Tensor], before: Tensor | None
     ) -> None:
         """See `Operators`. On that stream."""
-        torch.ops.fierpatch.triton_fetch_ahead.default(rows[0], hot.tensors, *kept[:2], before)
+        torch.ops.fierpatch.triton_fetch_ahead.default(rows[0], hot.tensors, *kept[:3], before)
 
-    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
+    def await_fetched(
+        self, hot: HotSet, counters: Tensor, kept: list[Tensor], after: Tensor | None
+    ) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_await_placed.default(counters, kept, after)
-
-    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
-        """See `Operators`."""
-        torch.ops.fierpatch.triton_await_fetched.default(hot.tally, kept, after)
+        torch.ops.fierpatch.triton_await_fetched.default(hot.tally, counters, kept, after)
 
     def attend_all(
         self,

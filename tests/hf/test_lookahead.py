@@ -160,7 +160,7 @@ def test_rope_of_a_step_is_worked_out_for_its_first_estimate_alone(
 
 
 def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
-    """What layers begin, in order: to place, to fetch, to wait for what comes, and to attend."""
+    """What layers begin, in order: to place, to fetch, to wait for it, to store, and to attend."""
     log: list[tuple[str, LayerCache]] = []
     operators = ReferenceOperators
     names = {"place_ahead": "place", "fetch_ahead": "fetch", "await_fetched": "await"}
@@ -176,15 +176,20 @@ def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
 
         return log_it
 
-    attend = LayerCache.attend
+    attend, store_step = LayerCache.attend, LayerCache._store_step
 
     def attend_it(layer: LayerCache, query: Tensor, **options: Any) -> Any:
         log.append(("attend", layer))
         return attend(layer, query, **options)
 
+    def store_it(layer: LayerCache, *arguments: Any) -> Any:
+        log.append(("store", layer))
+        return store_step(layer, *arguments)
+
     for name in names:
         monkeypatch.setattr(operators, name, logged(name))
     monkeypatch.setattr(LayerCache, "attend", attend_it)
+    monkeypatch.setattr(LayerCache, "_store_step", store_it)
     prefetch = LayerCache.prefetch
 
     def prefetch_it(layer: LayerCache, estimate: QueryEstimate) -> None:
@@ -200,7 +205,7 @@ def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
 def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_attended(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its MLP if it has one of that name; what was placed and not called for comes last."""
+    """Before its MLP if it has one of that name. All of it has come before the layer stores."""
     log: list[tuple[str, Any]] = log_starts(monkeypatch)
     if start == "attention":
         monkeypatch.setattr(lookahead, "_AFTER_ATTENTION", ("ffn",))
@@ -217,13 +222,14 @@ def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_at
         model(prompt(1), past_key_values=cache)
     of_last = [name for name, layer in log if layer in (cache.stores[3], None)]
     order = {
-        "mlp": ["place", "fetch", "mlp", "attend", "await"],
-        "attention": ["place", "fetch", "mlp", "attend", "await"],
-        "never": ["place", "mlp", "attend", "fetch", "await"],
+        "mlp": ["place", "fetch", "mlp", "await", "store", "attend"],
+        "attention": ["place", "fetch", "mlp", "await", "store", "attend"],
+        "never": ["place", "mlp", "fetch", "await", "store", "attend"],
     }
     assert of_last == order[start]
-    before = log.index(("attend", cache.stores[2]))
-    assert log.index(("place", cache.stores[3])) < before < log.index(("fetch", cache.stores[3]))
+    stored, attended = (log.index((name, cache.stores[2])) for name in ("store", "attend"))
+    assert log.index(("place", cache.stores[3])) < stored
+    assert attended < log.index(("fetch", cache.stores[3]))
 
 
 def test_a_step_that_breaks_off_before_it_fetches_keeps_no_cache() -> None:

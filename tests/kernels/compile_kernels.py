@@ -140,12 +140,13 @@ def decode(
         hot = HotSet.empty(2 * token_indices.shape[3], capacity, *lists, paired)
         weight = zeros(query.shape[1] * head_dim, 24 + 8 * head_dim)
         source = zeros(batch_size, 1, weight.shape[1])
-        _, end = residency.lengths_ahead(hot, token_indices.shape[3], counters)
+        room = counters.clone()
+        _, end = residency.lengths_ahead(hot, token_indices.shape[3], counters, room, shortest=1)
         bias = weight[:, 0] if has_counters else None
         project.project(source, weight, bias, None if has_mask else end)
         more = residency.place(hot, token_indices, end)
-        residency.fetch(hot, more, token_indices, paired)
-        placed = hot.rows, residency.place(hot, token_indices)
+        residency.fetch(hot, more, token_indices, end, paired)
+        placed = hot, residency.place(hot, token_indices)
     attention.gather_attention(
         query, keys, values, token_indices, scale=scale, softcap=softcap,
         sink_logits=sink_logits, counters=counters if has_counters else None, hot=placed,

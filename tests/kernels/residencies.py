@@ -110,7 +110,7 @@ def check_residency(case: Steps, device: torch.device) -> None:
         lists = lists_of(case, step, case.width, generator)
         query = torch.randn(case.batch_size, heads, 1, case.head_dim, generator=generator)
         query = query.to(device, case.dtype)
-        places = residency.place(found, lists.to(device))
+        placed = residency.place(found, lists.to(device))
         options = {"scale": 0.1, "counters": counters, "arrivals": arrivals}
         views = split([held], case.head_dim)
         own = place_reference(expected, lists)
@@ -119,11 +119,11 @@ def check_residency(case: Steps, device: torch.device) -> None:
             query,
             *split([without], case.head_dim),
             lists.to(device),
-            hot=(found.rows, places),
+            hot=(found, placed),
             **options,
         )
         fetch_reference(expected, own, lists, paired)
-        assert torch.equal(places.cpu(), own)
+        assert torch.equal(placed[0].cpu(), own)
         plain = attention.gather_attention(query, *views, lists.to(device), **options)
         assert torch.equal(output, plain)
         flat = attention.gather_attention(
@@ -134,19 +134,32 @@ def check_residency(case: Steps, device: torch.device) -> None:
             more = lists_of(case, step + 1, case.candidates, generator)
             stored = case.num_tokens - case.num_tokens // 5
             fewer = torch.full_like(counters[:1], stored)
-            places = residency.place(found, more.to(device), fewer)
-            residency.fetch(found, places, more.to(device), held)
+            check_nothing_is_fetched(found, more.to(device), held)
+            placed = residency.place(found, more.to(device), fewer)
+            residency.fetch(found, placed, more.to(device), fewer, held)
             more = torch.where(more < stored, more, EMPTY)
             own = place_reference(expected, more, is_prefetch=True)
             fetch_reference(expected, own, more, paired)
-            assert torch.equal(places.cpu(), own)
+            assert torch.equal(placed[0].cpu(), own)
         for mine, other in zip(found.tensors[1:], expected.tensors[1:], strict=True):
             assert torch.equal(mine.cpu(), other)
         assert torch.equal(words(found.rows.cpu()), words(expected.rows))
 
 
+def check_nothing_is_fetched(hot: HotSet, lists: Tensor, paired: Tensor) -> None:
+    """Where none is to be placed, all is as it was, and what a placement has left is not read."""
+    from fierpatch.kernels import residency
+
+    before = [tensor.clone() for tensor in hot.tensors]
+    length = torch.zeros(1, dtype=torch.int64, device=lists.device)
+    placed = residency.place(hot, lists, length)
+    residency.fetch(hot, placed, lists, length, paired)
+    for mine, other in zip(hot.tensors, before, strict=True):
+        assert torch.equal(words(mine.cpu()), words(other.cpu()))
+
+
 def check_lengths_ahead(num_lists: int, width: int, extra: int, device: torch.device) -> None:
-    """All that is stored from the least on that it pays from, else nothing, but one to select."""
+    """All that is stored from the least on that it pays from, else nothing."""
     from fierpatch.kernels import append, residency
 
     hot = HotSet.empty(width, 9, 1, num_lists, 4, torch.zeros(1, device=device))
@@ -156,9 +169,11 @@ def check_lengths_ahead(num_lists: int, width: int, extra: int, device: torch.de
     counters = append.new_counters(device)
     for stored in (0, 1, 77):
         counters[0] = stored
-        lengths = residency.lengths_ahead(hot, width, counters)
         end = stored if extra >= 0 else 0
-        assert [length.tolist() for length in lengths] == [[max(end, 1)], [end]]
+        for shortest in (0, 1):
+            room = counters.new_empty(4)
+            lengths = residency.lengths_ahead(hot, width, counters, room, shortest=shortest)
+            assert [length.tolist() for length in lengths] == [[max(end, shortest)], [end]]
 
 
 def hide_hits(paired: Tensor, lists: Tensor, places: Tensor) -> Tensor:
@@ -180,6 +195,8 @@ def check_an_empty_row_goes_first(device: torch.device) -> None:
     from fierpatch.kernels import residency
 
     hot = HotSet.empty(3, 9, 1, 1, 4, torch.zeros(1, device=device))
+    paired, length = torch.zeros(9, 1, 1, 4, device=device), torch.tensor([9], device=device)
     for token in (0, *[1] * 70, 2):
-        residency.place(hot, torch.tensor([[[[token]]]], device=device))
+        lists = torch.tensor([[[[token]]]], device=device)
+        residency.fetch(hot, residency.place(hot, lists), lists, length, paired)
     assert hot.tokens.tolist() == [[[0, 1, 2]]]
