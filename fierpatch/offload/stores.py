@@ -256,7 +256,8 @@ class HostStore:
         """See `Store`. Rows behind the last token are 0, whatever is there."""
         token = torch.arange(self.paired.shape[0], device=self.paired.device)
         is_stale = (token >= num_tokens)[:, None, None, None]
-        return split([self.paired.masked_fill(is_stale, 0.0)], self._head_dim)
+        # By one kernel: masked_fill would copy all rows first, over the ends of pieces.
+        return split([torch.where(is_stale, 0.0, self.paired)], self._head_dim)
 
     def _receive(self, start: int, num_new: int) -> _Ahead:
         paired = self.paired.new_empty((start + num_new, *self.paired.shape[1:]))
