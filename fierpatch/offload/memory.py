@@ -6,7 +6,9 @@ import mmap
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,11 @@ class HostMemory:
     engines reach it at the same addresses. On a CPU it is ordinary memory. It is freed when the
     last tensor of it is gone.
 
+    It is pinned in pieces, one or more whenever it grows. Kernels do not see where these end, but
+    the driver refuses to copy over the end of one, and PyTorch has it copy what is contiguous, from
+    a device to itself too: see `parts`. On a CPU there are the same pieces, so that one way of
+    copying serves both.
+
     Args:
         reserved: bytes of addresses, which cost nothing until they are used.
         device: the device that works on it.
@@ -119,6 +126,7 @@ class HostMemory:
             with suppress(OSError):  # without huge pages there are small ones
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._ends: list[int] = []  # of the pieces, in bytes
         self._pinned: list[int] = []
         weakref.finalize(self, _unpin, self._pinned, device).atexit = False
 
@@ -138,11 +146,21 @@ class HostMemory:
         if wanted <= self.nbytes:
             return
         _check_free(wanted - self.nbytes)
+        ends = [*range(self.nbytes + _MOST_AT_ONCE, wanted, _MOST_AT_ONCE), wanted]
         if self.device.type == "cuda":
             # Handed out by the system to all threads first, it is pinned seven times faster.
             self._bytes[self.nbytes : wanted].zero_()
-            self._pin(self.nbytes, wanted)
+            self._pin([self.nbytes, *ends])
+        self._ends += ends
         self.nbytes = wanted
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut a range of usable bytes where pieces end: ``start, stop`` of each part, in order."""
+        for end in self._ends:
+            last = min(end, stop)
+            if start < last:
+                yield start, last
+                start = last
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The first bytes as a tensor on the CPU."""
@@ -156,12 +174,11 @@ class HostMemory:
         assert found.data_ptr() == self._bytes.data_ptr(), "a copy, not the memory itself"
         return found.view(dtype).view(shape)
 
-    def _pin(self, start: int, stop: int) -> None:
+    def _pin(self, bounds: list[int]) -> None:
         done: list[int] = []
         with torch.cuda.device(self.device):
-            for first in range(start, stop, _MOST_AT_ONCE):
-                address = self._bytes.data_ptr() + first
-                size = min(stop - first, _MOST_AT_ONCE)
+            for start, stop in pairwise(bounds):
+                address, size = self._bytes.data_ptr() + start, stop - start
                 status = int(_cudart().cudaHostRegister(address, size, _PORTABLE))
                 if status:
                     _unpin(done, self.device)

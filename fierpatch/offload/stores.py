@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fierpatch.offload.memory import MemoryPool
-from fierpatch.offload.transfer import Transfer
+from fierpatch.offload.transfer import Transfer, copy_to_parts
 from fierpatch.rows import pair, split
 
 _MOST_TOKENS = 1 << 20  # that addresses are reserved for, where the model sets no limit
@@ -215,19 +215,21 @@ class HostStore:
         chunk = max(_CHUNK // max(old[:1].nbytes, 1), 1)
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
-            self.paired[start:stop] = old[start:stop].index_select(1, rows)
+            taken = old[start:stop].index_select(1, rows)
+            copy_to_parts(taken, self._parts(self.paired, start, stop))
 
     def clear(self) -> None:
         """See `Store`."""
         self._ahead = None
         # Dense attention over a whole static buffer passes a weight of 0 to what is not stored.
-        self.paired.zero_()
+        for part in self._parts(self.paired, 0, self.paired.shape[0]):
+            part.zero_()
 
     def write(self, key: Tensor, value: Tensor, start: int) -> None:
         """See `Store`. Beside the computation."""
         self.forget(start)
-        target = self._host[start : start + key.shape[2]]
-        self._transfer.send(pair(key, value), target)
+        parts = self._parts(self._host, start, start + key.shape[2])
+        self._transfer.send(pair(key, value), parts)
 
     def join(self) -> None:
         """See `Store`."""
@@ -256,12 +258,19 @@ class HostStore:
         """See `Store`. Rows behind the last token are 0, whatever is there."""
         token = torch.arange(self.paired.shape[0], device=self.paired.device)
         is_stale = (token >= num_tokens)[:, None, None, None]
-        return split([self.paired.masked_fill(is_stale, 0.0)], self._head_dim)
+        # By one kernel: masked_fill would copy all rows first, over the ends of pieces.
+        return split([torch.where(is_stale, 0.0, self.paired)], self._head_dim)
 
     def _receive(self, start: int, num_new: int) -> _Ahead:
         paired = self.paired.new_empty((start + num_new, *self.paired.shape[1:]))
-        wait = self._transfer.receive(self._host[:start], paired[:start])
+        wait = self._transfer.receive(self._parts(self._host, 0, start), paired[:start])
         return _Ahead((start, num_new), paired, wait)
+
+    def _parts(self, rows: Tensor, start: int, stop: int) -> list[Tensor]:
+        """Tokens ``start .. stop`` of all rows, flat and cut where pieces of the memory end."""
+        flat, size, token = rows.view(-1), rows.itemsize, rows[:1].nbytes
+        parts = self._memory.parts(start * token, stop * token)
+        return [flat[first // size : last // size] for first, last in parts]
 
     def _allocate(self, batch_size: int, num_heads: int, width: int, capacity: int) -> None:
         row = batch_size * num_heads * width * self._dtype.itemsize

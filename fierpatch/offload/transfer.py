@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -22,43 +22,47 @@ class Transfer:
     def __init__(self) -> None:
         self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
-    def send(self, source: Tensor, target: Tensor) -> None:
-        """Copy a tensor, which must not change any more, to one of the same shape on the host.
+    def send(self, source: Tensor, parts: Sequence[Tensor]) -> None:
+        """Copy a tensor to the host.
 
-        Whoever reads the target on the device afterwards has to `join` first.
+        Whoever reads the parts on the device afterwards has to `join` first.
+
+        Args:
+            source: contiguous; must not change any more.
+            parts: flat tensors of the host, for one stretch of it after the other; a copy each.
         """
         if source.device.type != "cuda":
-            target.copy_(source)
+            copy_to_parts(source, parts)
             return
         device = source.device
         stream = _copy_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            copy_to_parts(source, parts)
             event = torch.cuda.Event()
             event.record(stream)
         self._waiting.append((event, source))
         self._join(_MOST_WAITING)
 
-    def receive(self, source: Tensor, target: Tensor) -> Callable[[], None]:
+    def receive(self, parts: Sequence[Tensor], target: Tensor) -> Callable[[], None]:
         """Begin to copy from the host, behind all that was sent there or written by the device.
 
         Args:
-            source: which must not change before the copy is waited for.
-            target: of the same shape, on the device.
+            parts: flat tensors of the host, which must not change before the copies are waited for.
+            target: contiguous, on the device, as large as all of them.
 
         Returns:
-            What lets the computation wait for the copy.
+            What lets the computation wait for the copies.
         """
         if target.device.type != "cuda":
-            target.copy_(source)
+            _copy_from_parts(parts, target)
             return lambda: None
         device = target.device
         stream = _receiving_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         stream.wait_stream(_copy_stream(device))
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            _copy_from_parts(parts, target)
             event = torch.cuda.Event()
             event.record(stream)
         # If nobody waits, the memory must not be used again before it is written.
@@ -75,6 +79,22 @@ class Transfer:
             # Behind this the allocator may give the memory to whatever computes next.
             event.wait(torch.cuda.current_stream(source.device))
             self._waiting.popleft()
+
+
+def copy_to_parts(source: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy a contiguous tensor, one stretch of it after the other, to flat ones as large."""
+    for source_part, part in zip(_split(source, parts), parts, strict=True):
+        part.copy_(source_part, non_blocking=True)
+
+
+def _copy_from_parts(parts: Sequence[Tensor], target: Tensor) -> None:
+    for part, target_part in zip(parts, _split(target, parts), strict=True):
+        target_part.copy_(part, non_blocking=True)
+
+
+def _split(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Into stretches as large as the parts; an error if it is not contiguous, or not as large."""
+    return whole.view(-1).split([part.numel() for part in parts])
 
 
 @cache

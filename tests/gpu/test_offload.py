@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import fierpatch
+from fierpatch.offload import DeviceStore, HostStore, MemoryPool, Transfer
 from fierpatch.offload.memory import HostMemory
 from kernels.feeds import Feed, check_append
 from kernels.projections import Layer, check_projection
@@ -82,6 +84,8 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": EAGER | {"num_beams": 3},
     "prompt lookup": EAGER | {"prompt_lookup_num_tokens": 5},
     "chunks": EAGER | {"prefill_chunk_size": 256, "padded": 700},
+    # Of 512 bytes a token, over the ends of pieces of 2 MiB.
+    "long chunks": EAGER | {"prefill_chunk_size": 3000, "length": 10_000},
     "static": EAGER | {"cache_implementation": "static"},
     "compiled": STATIC,
     "compiled, padded": STATIC | {"padded": 700},
@@ -218,6 +222,52 @@ def test_pinned_memory_is_the_same_on_both_sides() -> None:
     assert memory.host((50 << 20,), torch.bfloat16)[-1] == 5
     del memory
     assert larger[-1] == 5, "the memory lives as long as a tensor of it"
+
+
+def test_a_store_in_pieces_holds_the_rows_of_one_on_the_device() -> None:
+    """A token is 1,280 bytes here, and pieces end in the middle of tokens 3,276 and 4,915."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    key, value = (
+        torch.randn(2, 5, 7000, width, device=CUDA, generator=generator).bfloat16()
+        for width in (40, 24)
+    )
+    lengths = (3000, 4500, 7000)  # in 4, 6 and 10 MiB
+    resident = DeviceStore(key, value, lengths[0])
+    offloaded = HostStore(key, value, lengths[0], 16_384, Transfer(), MemoryPool())
+    both = resident, offloaded
+
+    def check() -> None:
+        assert torch.equal(offloaded.keys, resident.keys)
+        assert torch.equal(offloaded.values, resident.values)
+
+    for start, stop in pairwise((0, *lengths)):
+        new = key[:, :, start:stop], value[:, :, start:stop]
+        if stop == lengths[-1]:
+            offloaded.read_ahead(start, stop - start)
+        if start:
+            for store in both:
+                store.grow(stop)
+        read = [store.read(*new, start) for store in both]
+        for store in both:
+            store.write(*new, start)
+            store.join()
+        for left, right in zip(*read, strict=True):
+            assert torch.equal(left, right)
+        check()
+    assert len([*offloaded._memory.parts(0, offloaded.host_nbytes)]) == 3
+
+    for order in ([1, 0], [1, 1, 0]):  # in place, and to other memory
+        keys, values = offloaded.read_all(torch.tensor(6000, device=CUDA))
+        assert torch.equal(keys[:, :, :6000], resident.keys[:, :, :6000])
+        assert torch.equal(values[:, :, :6000], resident.values[:, :, :6000])
+        assert not keys[:, :, 6000:].any()
+        for store in both:
+            store.take(torch.tensor(order, device=CUDA), 7000)
+        check()
+    for store in both:
+        store.grow(9000)
+        store.clear()
+    check()
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,8 @@ class TestPinning:
         held.grow(16 * MIB)
         pieces += [(10 * MIB, 4 * MIB), (14 * MIB, 2 * MIB)]
         assert driver.ranges(held) == pieces
+        parts = held.parts(0, held.nbytes)
+        assert [(start, stop - start) for start, stop in parts] == pieces
         assert set(driver.devices) == {CUDA}
 
     def test_all_of_it_is_unpinned_when_nothing_uses_it_any_more(self, driver: Driver) -> None:
@@ -196,6 +198,7 @@ class TestPinning:
             held.grow(16 * MIB)
         assert driver.ranges(held) == before
         assert held.nbytes == 6 * MIB
+        assert [*held.parts(0, 16 * MIB)] == [(0, 4 * MIB), (4 * MIB, 6 * MIB)]
         driver.num_left = -1
         held.grow(16 * MIB)
         assert sum(driver.pinned.values()) == 16 * MIB
