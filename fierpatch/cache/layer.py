@@ -88,8 +88,10 @@ class LayerCache(Prefetch):
             self.allocate(key, value)
         check_fit(key, value, self.keys, self.values)
         is_prompt = key.shape[2] > self.config.max_query_length
-        self._join(key)
-        if not is_prompt:
+        if is_prompt:
+            self._join(key)
+        else:
+            self._await_placed(key)
             self._have_next_place()
         if is_prompt and self._is_known(key):
             keys, values = self._store_prompt(key, value)
@@ -152,6 +154,7 @@ class LayerCache(Prefetch):
             token_indices = self.operators.retrieve(
                 query, rows, self.state, self.counters, visible, *rest
             )
+            self._join(token_indices)
             output = self.operators.attend(query, rows, token_indices, self.counters, *rest, hot)
         self._have_next_fetch(output)
         if self.observer is not None and token_indices is not None:

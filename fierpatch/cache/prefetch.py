@@ -89,17 +89,19 @@ class Prefetch(LayerBuffers):
             )
             self._started = _Started(estimate, kept)
 
-    def _join(self, after: Tensor | None = None) -> None:
-        """Wait for what was started, before anything of it is used or changed.
+    def _await_placed(self, after: Tensor) -> None:
+        """Wait until what was started has read what a new token changes."""
+        if self._started is not None:
+            self.operators.await_placed(self.counters, self._started.kept, after)
 
-        Args:
-            after: something to compute before the wait, if need be.
-        """
+    def _join(self, after: Tensor | None = None) -> None:
+        """Wait for what was started, before anything of it is used or changed."""
         self._estimate = None
         self.fetch_placed(None)  # what has a place has to come
         if self._started is not None and self.hot is not None:
             started, self._started = self._started, None
-            self.operators.await_fetched(self.hot, self.counters, started.kept, after)
+            after = self.counters if after is None else after
+            self.operators.await_fetched(self.hot, started.kept, after)
 
 
 class _Started(NamedTuple):

@@ -126,11 +126,13 @@ class FlexOperators:
         """See `Operators`."""
         self.base.fetch_ahead(rows, hot, kept, before)
 
-    def await_fetched(
-        self, hot: HotSet, counters: Tensor, kept: list[Tensor], after: Tensor | None
-    ) -> None:
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
-        self.base.await_fetched(hot, counters, kept, after)
+        self.base.await_placed(counters, kept, after)
+
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+        """See `Operators`."""
+        self.base.await_fetched(hot, kept, after)
 
     def attend_all(
         self,

@@ -39,11 +39,11 @@ def place_ahead(
         shape: of the retrieval.
         hot: the layer's, which may not be used before `fetch_ahead` and `await_fetched`.
         estimate: of the query, which is computed beside all else too.
-        state, counters: the layer's, which nothing may change before `await_fetched`.
+        state, counters: the layer's, which nothing may change before `await_placed`.
 
     Returns:
-        Tokens, places and a length, for `fetch_ahead`, and memory, none of which must be freed
-        before `await_fetched`; nor the estimate's.
+        Tokens, places and a length, for `fetch_ahead`, none of which must be freed before
+        `await_fetched`, and memory that like the estimate's must not be before `await_placed`.
     """
     device = estimate.source.device
     # Of the stream that goes on, whose allocator would give it away again without a wait.
@@ -86,6 +86,14 @@ def fetch_ahead(
         _await(_placed, chosen.device)
         residency.fetch(hot, placed, chosen, length, paired)
         _record(_fetched, chosen.device)
+
+
+def await_placed(like: Tensor) -> None:
+    """Let the current stream of a tensor's device wait until what is fetched ahead has its place.
+
+    The fetch itself may go on: tokens that are stored do not change.
+    """
+    _await(_placed, like.device)
 
 
 def await_fetched(like: Tensor) -> None:

@@ -308,7 +308,7 @@ def place_specialization(
         "IS_PREFETCH": is_prefetch,
         "IS_EARLY": is_early,
     }
-    num_warps = min(max(constants["BLOCK_R"] // 128, 4), 32)
+    num_warps = min(max(constants["BLOCK_R"] // 128, 4), 16 if num_rows <= 4096 else 32)
     return Specialization(place_kernel, constants, num_warps=num_warps, is_early=is_early)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
 from fierpatch.kernels import attention, residency, retrieve
-from fierpatch.kernels.ahead import await_fetched, fetch_ahead, place_ahead
+from fierpatch.kernels.ahead import await_fetched, await_placed, fetch_ahead, place_ahead
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
 from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
@@ -47,7 +47,7 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    # Of these three ops' arguments some are named as changed to keep the compiler from putting off
+    # Of these four ops' arguments some are named as changed to keep the compiler from putting off
     # a start, or from waiting at once for what runs beside: who reads or changes them comes after.
     "triton_place_ahead(Tensor source, Tensor? weight, Tensor? bias, Tensor? rotation, "
     "Tensor(a!)[] hot, Tensor[] state, Tensor(b!) counters, Tensor(c!)? before, "
@@ -61,9 +61,10 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "triton_await_fetched(Tensor(a!) tally, Tensor(b!) counters, Tensor[] kept, Tensor? after) "
-    "-> ()",
-    tags=_TAGS,
+    "triton_await_placed(Tensor(a!) counters, Tensor[] kept, Tensor after) -> ()", tags=_TAGS
+)
+_LIBRARY.define(
+    "triton_await_fetched(Tensor(a!) tally, Tensor[] kept, Tensor(b!) after) -> ()", tags=_TAGS
 )
 _LIBRARY.define(
     "triton_attend_all(Tensor query, Tensor[] rows, Tensor counters, "
@@ -250,10 +251,13 @@ def _fetch_ahead(
     fetch_ahead(HotSet(*hot), paired, chosen, placed, length)
 
 
-def _await_fetched(
-    tally: Tensor, counters: Tensor, kept: list[Tensor], after: Tensor | None
-) -> None:
-    """Wait for all that `_place_ahead` and `_fetch_ahead` started."""
+def _await_placed(counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
+    """Wait until `_place_ahead` has read the index and the counters."""
+    await_placed(counters)
+
+
+def _await_fetched(tally: Tensor, kept: list[Tensor], after: Tensor) -> None:
+    """Wait for all that `_fetch_ahead` started."""
     await_fetched(tally)
 
 
@@ -280,6 +284,7 @@ _LIBRARY.impl("triton_attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_hot", _attend_hot, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_place_ahead", _place_ahead, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_fetch_ahead", _fetch_ahead, "CompositeExplicitAutograd")
+_LIBRARY.impl("triton_await_placed", _await_placed, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_await_fetched", _await_fetched, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton_attend_all", _attend_all, "CompositeExplicitAutograd")
 torch.library.register_fake("fierpatch::triton_attend_all", attend_fake, lib=_LIBRARY)
@@ -288,5 +293,6 @@ torch.library.register_fake("fierpatch::triton_retrieve", retrieve_fake, lib=_LI
 torch.library.register_fake("fierpatch::triton_attend", attend_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_place_ahead", _place_ahead_fake, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_fetch_ahead", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fierpatch::triton_await_placed", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_await_fetched", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fierpatch::triton_attend_hot", attend_hot_fake, lib=_LIBRARY)

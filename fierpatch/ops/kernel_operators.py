@@ -222,11 +222,13 @@ class KernelOperators:
         """See `Operators`. On that stream."""
         torch.ops.fierpatch.triton_fetch_ahead.default(rows[0], hot.tensors, *kept[:3], before)
 
-    def await_fetched(
-        self, hot: HotSet, counters: Tensor, kept: list[Tensor], after: Tensor | None
-    ) -> None:
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
-        torch.ops.fierpatch.triton_await_fetched.default(hot.tally, counters, kept, after)
+        torch.ops.fierpatch.triton_await_placed.default(counters, kept, after)
+
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+        """See `Operators`."""
+        torch.ops.fierpatch.triton_await_fetched.default(hot.tally, kept, after)
 
     def attend_all(
         self,

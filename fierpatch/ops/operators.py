@@ -115,7 +115,7 @@ class Operators(Protocol):
             before: something whose readers the compiler has to leave behind the start.
 
         Returns:
-            What the two below have to be given, before anything of the layer changes.
+            What the three below have to be given, before anything of the layer changes.
         """
 
     def fetch_ahead(
@@ -128,14 +128,19 @@ class Operators(Protocol):
             before: as there.
         """
 
-    def await_fetched(
-        self, hot: HotSet, counters: Tensor, kept: list[Tensor], after: Tensor | None
-    ) -> None:
-        """Wait for all that the two above started: counters, index and rows may change then.
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
+        """Wait until `place_ahead` has read index and counters, which may change then.
 
         Args:
-            kept: what `place_ahead` returned.
-            after: something that is to be computed before the wait, if need be.
+            kept: what it returned.
+            after: something that is to be computed before the wait.
+        """
+
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
+        """Wait for all that `fetch_ahead` started; arguments as in `await_placed`.
+
+        Args:
+            after: whose readers come after the wait, too.
         """
 
     def attend_all(
@@ -257,9 +262,10 @@ class ReferenceOperators:
     ) -> None:
         """See `Operators`."""
 
-    def await_fetched(
-        self, hot: HotSet, counters: Tensor, kept: list[Tensor], after: Tensor | None
-    ) -> None:
+    def await_placed(self, counters: Tensor, kept: list[Tensor], after: Tensor) -> None:
+        """See `Operators`."""
+
+    def await_fetched(self, hot: HotSet, kept: list[Tensor], after: Tensor) -> None:
         """See `Operators`."""
 
     def attend_all(

@@ -160,10 +160,10 @@ def test_rope_of_a_step_is_worked_out_for_its_first_estimate_alone(
 
 
 def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
-    """What layers begin, in order: to place, to fetch, to wait for it, to store, and to attend."""
+    """What layers begin, in order: to place, to fetch, to wait for both, to store and to attend."""
     log: list[tuple[str, LayerCache]] = []
     operators = ReferenceOperators
-    names = {"place_ahead": "place", "fetch_ahead": "fetch", "await_fetched": "await"}
+    names = {"place_ahead": "place", "fetch_ahead": "fetch", "await_fetched": "await fetch"}
     layers: dict[int, LayerCache] = {}
 
     def logged(name: str) -> Any:
@@ -177,10 +177,15 @@ def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
         return log_it
 
     attend, store_step = LayerCache.attend, LayerCache._store_step
+    await_placed = LayerCache._await_placed
 
     def attend_it(layer: LayerCache, query: Tensor, **options: Any) -> Any:
         log.append(("attend", layer))
         return attend(layer, query, **options)
+
+    def await_it(layer: LayerCache, *arguments: Any) -> Any:
+        log.append(("await place", layer))
+        return await_placed(layer, *arguments)
 
     def store_it(layer: LayerCache, *arguments: Any) -> Any:
         log.append(("store", layer))
@@ -189,6 +194,7 @@ def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
     for name in names:
         monkeypatch.setattr(operators, name, logged(name))
     monkeypatch.setattr(LayerCache, "attend", attend_it)
+    monkeypatch.setattr(LayerCache, "_await_placed", await_it)
     monkeypatch.setattr(LayerCache, "_store_step", store_it)
     prefetch = LayerCache.prefetch
 
@@ -205,7 +211,7 @@ def log_starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, LayerCache]]:
 def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_attended(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its MLP if it has one of that name. All of it has come before the layer stores."""
+    """Before its MLP if it has one of that name; what was placed and not called for comes last."""
     log: list[tuple[str, Any]] = log_starts(monkeypatch)
     if start == "attention":
         monkeypatch.setattr(lookahead, "_AFTER_ATTENTION", ("ffn",))
@@ -222,9 +228,9 @@ def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_at
         model(prompt(1), past_key_values=cache)
     of_last = [name for name, layer in log if layer in (cache.stores[3], None)]
     order = {
-        "mlp": ["place", "fetch", "mlp", "await", "store", "attend"],
-        "attention": ["place", "fetch", "mlp", "await", "store", "attend"],
-        "never": ["place", "mlp", "fetch", "await", "store", "attend"],
+        "mlp": ["place", "fetch", "mlp", "await place", "store", "attend", "await fetch"],
+        "attention": ["place", "fetch", "mlp", "await place", "store", "attend", "await fetch"],
+        "never": ["place", "mlp", "await place", "store", "attend", "fetch", "await fetch"],
     }
     assert of_last == order[start]
     stored, attended = (log.index((name, cache.stores[2])) for name in ("store", "attend"))
