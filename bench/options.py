@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from bench.prompts import INDEXES
+from fierpatch import FierConfig
 
 _NAMES = ("index", "bits", "refine", "refine_bits")
+_TRIED = ("dense_layers", "sinks", "recent")
+TRIAL = ["index", *_TRIED, "budget"]  # columns that say what was tried
 
 
 def add_index(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +29,32 @@ def index_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_trial(parser: argparse.ArgumentParser) -> None:
-    """Options for fewer of `INDEXES`, other layers dense, and another file of rows."""
+    """Options for fewer of `INDEXES`, other settings beside them, and another file of rows."""
     names = list(INDEXES)
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these indexes")
-    parser.add_argument("--dense-layers", type=int, nargs="+", default=[2])
+    for name in _TRIED:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, nargs="+", default=[getattr(FierConfig, name)])
     parser.add_argument("--output", type=Path, help="the file of rows")
+
+
+def trials(options: argparse.Namespace) -> list[tuple[str, FierConfig]]:
+    """Every combination of what `add_trial` and a bench's ``--budget`` take, and its index's name.
+
+    Raises:
+        ConfigError: a combination's sinks and recents do not fit into its budget.
+    """
+    columns = TRIAL[1:]
+    chosen = (getattr(options, column) for column in columns)
+    return [
+        (name, FierConfig(**dict(zip(columns, values, strict=True)), **INDEXES[name]))
+        for name, *values in product(options.only, *chosen)
+    ]
+
+
+def trial_columns(name: str, settings: FierConfig | None) -> dict[str, Any]:
+    """The columns `TRIAL` of a row; the dense model has no settings."""
+    return {"index": name} | {column: getattr(settings, column, None) for column in TRIAL[1:]}
 
 
 def _bits(text: str) -> int | str:

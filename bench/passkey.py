@@ -7,14 +7,13 @@ Prefill is dense and shared by all settings; every generated token comes out of 
 from __future__ import annotations
 
 import argparse
-from itertools import product
 from typing import Any
 
 import torch
 
 import fierpatch
-from bench.options import add_trial
-from bench.prompts import INDEXES, prefill
+from bench.options import TRIAL, add_trial, trial_columns, trials
+from bench.prompts import prefill
 from bench.rows import save, table
 from fierpatch import FierConfig
 from fierpatch.evaluate import smollm2, tasks
@@ -31,11 +30,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--depth", type=float, nargs="+", default=[0.1, 0.5, 0.9])
     add_trial(parser)
     options = parser.parse_args(arguments)
+    tried = trials(options)
     model, tokenizer = load(
         options.model or smollm2.fetch(), dtype=torch.float32, device=options.device
     )
-    ways = list(product(options.only, options.dense_layers, options.budget))
-    found: dict[tuple[str, int | None, int | None], list[bool]] = {}
+    found: dict[tuple[str, FierConfig | None], list[bool]] = {}
     for filler in ("novel", "repeat"):
         for depth in options.depth:
             task = tasks.passkey(tokenizer, options.tokens, depth, filler, seed=0)
@@ -43,30 +42,26 @@ def main(arguments: list[str]) -> None:
             prompt = prefill(model, ids[:, :-1])
             cache = prompt.cache_for(model, FierConfig())
             outcome = [answer(model, tokenizer, task, ids, cache)]
-            found.setdefault(("dense", None, None), []).append(outcome[0])
-            for name, dense_layers, budget in ways:
-                settings = FierConfig(budget=budget, dense_layers=dense_layers, **INDEXES[name])
+            found.setdefault(("dense", None), []).append(outcome[0])
+            for name, settings in tried:
                 with fierpatch.apply(model, settings):
                     cache = prompt.cache_for(model, settings)
                     is_found = answer(model, tokenizer, task, ids, cache)
-                found.setdefault((name, dense_layers, budget), []).append(is_found)
+                found.setdefault((name, settings), []).append(is_found)
                 outcome.append(is_found)
             print(filler, depth, "".join("+" if hit else "-" for hit in outcome), flush=True)
     rows = [
         {
-            "index": name,
-            "dense_layers": dense_layers,
-            "budget": budget,
+            **trial_columns(name, chosen),
             "found": sum(hits),
             "found_where_dense_does": sum(h and d for h, d in zip(hits, dense, strict=True)),
             "of": len(hits),
             "tokens": options.tokens,
         }
-        for dense in [found["dense", None, None]]
-        for (name, dense_layers, budget), hits in found.items()
+        for dense in [found["dense", None]]
+        for (name, chosen), hits in found.items()
     ]
-    columns = ["index", "dense_layers", "budget", "found", "found_where_dense_does", "of"]
-    print(table(rows, columns))
+    print(table(rows, [*TRIAL, "found", "found_where_dense_does", "of"]))
     print("saved", save("passkey", options.device, rows, options.output))
 
 

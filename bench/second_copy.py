@@ -9,15 +9,14 @@ from dense.
 from __future__ import annotations
 
 import argparse
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fierpatch
-from bench.options import add_trial
-from bench.prompts import INDEXES, prefill
+from bench.options import TRIAL, add_trial, trial_columns, trials
+from bench.prompts import prefill
 from bench.rows import save, table
 from fierpatch import FierConfig
 from fierpatch.evaluate import metrics, smollm2, tasks
@@ -36,6 +35,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--step", type=int, default=1, help="tokens decoded at a time, up to 8")
     add_trial(parser)
     options = parser.parse_args(arguments)
+    tried = trials(options)
     model, tokenizer = load(
         options.model or smollm2.fetch(), dtype=torch.float32, device=options.device
     )
@@ -49,17 +49,14 @@ def main(arguments: list[str]) -> None:
     rows: list[dict[str, Any]] = [
         {"index": "dense", "perplexity": base, "over_dense": 0.0, "kl": 0.0}
     ]
-    for name, dense_layers, budget in product(options.only, options.dense_layers, options.budget):
-        settings = FierConfig(budget=budget, dense_layers=dense_layers, **INDEXES[name])
+    for name, settings in tried:
         with fierpatch.apply(model, settings), torch.inference_mode():
             cache = prompt.cache_for(model, settings)
             logits = predictions(model, cache, prompt, targets, options.step)
         perplexity = metrics.perplexity(logits, targets)
         rows.append(
             {
-                "index": name,
-                "dense_layers": dense_layers,
-                "budget": budget,
+                **trial_columns(name, settings),
                 "perplexity": perplexity,
                 "over_dense": perplexity / base - 1,
                 "kl": metrics.logit_kl(dense, logits),
@@ -68,7 +65,7 @@ def main(arguments: list[str]) -> None:
         print(rows[-1], flush=True)
     for row in rows:
         row |= {"tokens": options.tokens, "gap": options.gap, "step": options.step}
-    print(table(rows, ["index", "dense_layers", "budget", "perplexity", "over_dense", "kl"]))
+    print(table(rows, [*TRIAL, "perplexity", "over_dense", "kl"]))
     print("saved", save("second_copy", options.device, rows, options.output))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import StaticCache
 
 import fierpatch
 from fierpatch import FierConfig
+from fierpatch.errors import ConfigError
 from fierpatch.patching import current_handle
 from fierpatch.reference import gather_attention
 
@@ -24,15 +26,18 @@ from bench import (
     flex_prefill,
     generate,
     offload,
+    passkey,
     plot,
     prefill_index,
     prefill_quality,
     residency,
+    second_copy,
     traces,
     ways,
 )
 from bench import prefill as bench_prefill
 from bench.hot_set import EMPTY, HotSet
+from bench.options import add_trial, trials
 from bench.peers import dense
 from bench.prompts import prefill
 from bench.rows import read, save, table
@@ -464,3 +469,54 @@ def test_what_flex_attention_is_measured_at_is_the_attention_over_its_selection(
     dense_expected = gather_attention(query, keys, values, every, scale=32**-0.5)
     output = flex.dense_flex(query, keys, values)()
     torch.testing.assert_close(output.view_as(dense_expected), dense_expected)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, without a template."""
+
+    chat_template = bos_token_id = None
+
+    def encode(self, text: str, **options: bool) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return bytes(ids.tolist()).decode(errors="replace")
+
+
+def trials_of(*command: str) -> list[tuple[str, FierConfig]]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--budget", type=int, nargs="+", default=[64])
+    add_trial(parser)
+    return trials(parser.parse_args(command))
+
+
+def test_a_trial_is_of_every_combination_and_else_of_the_defaults() -> None:
+    assert trials_of("--only", "fier") == [("fier", FierConfig(budget=64, index="fier"))]
+    tried = trials_of("--only", "keys", "fier", "--sinks", "0", "1", "--recent", "3", "5")
+    names, settings = zip(*tried, strict=True)
+    assert names == ("keys",) * 4 + ("fier",) * 4
+    pairs = [(0, 3), (0, 5), (1, 3), (1, 5)]
+    assert [(chosen.sinks, chosen.recent) for chosen in settings] == pairs * 2
+
+
+def test_a_trial_whose_window_exceeds_a_budget_is_an_error_before_anything_is_measured() -> None:
+    with pytest.raises(ConfigError, match="sinks"):
+        trials_of("--recent", "64", "--budget", "128", "64")
+
+
+@pytest.mark.parametrize(("bench", "figure"), [(second_copy, "kl"), (passkey, "found")])
+def test_a_bench_of_quality_has_a_row_for_dense_and_one_for_every_trial(
+    bench: Any, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    monkeypatch.setattr(bench, "load", lambda *args, **options: (model, Bytes()))
+    path = tmp_path / "rows.jsonl"
+    command = ["--model", "none", "--tokens", "300", "--budget", "40", "--sinks", "0", "4"]
+    command += ["--recent", "1", "--dense-layers", "1", "--only", "fier", "--output", str(path)]
+    bench.main(command)
+    rows = read(path)
+    assert [(row["index"], row.get("sinks"), row.get("recent")) for row in rows] == [
+        ("dense", None, None),
+        ("fier", 0, 1),
+        ("fier", 4, 1),
+    ]
+    assert all(row[figure] >= 0 for row in rows)
