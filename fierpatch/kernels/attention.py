@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -12,143 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fierpatch.hot_set import HotSet
-from fierpatch.kernels.constants import EMPTY, LOG2_E, MISSING
+from fierpatch.kernels.attention_block import (
+    attend_block,
+    block_size,
+    leave,
+    product_constants,
+)
+from fierpatch.kernels.constants import LOG2_E
 from fierpatch.kernels.early import await_previous, can_start_early
 from fierpatch.kernels.launch import Specialization, aligned, as_mask, as_rows
 from fierpatch.kernels.layout import pair_width, rows_of
-from fierpatch.kernels.logits import Logits, cap
-from fierpatch.kernels.residency import settle
+from fierpatch.kernels.logits import Logits
 
-_SLICE = 32  # channels of a float32 product that are added up one after the other
 _MAX_SPLITS = 16
 _MAX_DENSE_SPLITS = 64
-
-
-@triton.jit
-def _slices(x, SLICES: tl.constexpr):
-    """``[M, D]`` as ``[SLICES, M, D / SLICES]``."""
-    parts = tl.reshape(x, [x.shape[0], SLICES, x.shape[1] // SLICES])
-    return tl.permute(parts, (1, 0, 2))
-
-
-@triton.jit
-def products(query, keys, SLICES: tl.constexpr, PRECISION: tl.constexpr):
-    """``query [H, D] . keys [N, D]`` as float32 ``[H, N]``.
-
-    A sum of many terms one after the other errs by more than sums of a few, added up at the end.
-    """
-    if SLICES == 1:
-        return tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-    else:
-        turned = tl.permute(_slices(keys, SLICES), (0, 2, 1))
-        return tl.sum(tl.dot(_slices(query, SLICES), turned, input_precision=PRECISION), axis=0)
-
-
-@triton.jit
-def _attend_block(
-    query,
-    slot,
-    most,
-    total,
-    mixed,
-    keys_ptr,
-    values_ptr,
-    key_step,
-    value_step,
-    token_index_ptr,
-    hot_ptr,
-    row_of_ptr,
-    visible_ptr,
-    width,
-    logit_scale,
-    softcap,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DV: tl.constexpr,
-    PAIR: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_LIST: tl.constexpr,
-    HAS_HOT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
-    """The softmax over some slots more; also what was read for them, and what of it was missing."""
-    channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    if HAS_LIST:
-        # Past the first-level cache, for the list is not of the kernel before if that places.
-        token = tl.load(token_index_ptr + slot, mask=slot < width, other=-1, cache_modifier=".cg")
-        is_used = token >= 0
-    else:
-        token = slot.to(tl.int64)
-        is_used = slot < width
-        if HAS_MASK:
-            is_used = is_used & (tl.load(visible_ptr + slot, mask=is_used, other=0) != 0)
-    key_ptr = keys_ptr + token * key_step
-    value_ptr = values_ptr + token * value_step
-    is_missing = is_used
-    if HAS_HOT:
-        held = tl.load(row_of_ptr + token, mask=is_used, other=EMPTY, cache_modifier=".cg").to(
-            tl.int64
-        )
-        is_missing = is_used & (held < 0)
-        row_ptr = hot_ptr + tl.maximum(held, 0) * PAIR
-        key_ptr = tl.where(is_missing, key_ptr, row_ptr)
-        value_ptr = tl.where(is_missing, value_ptr, row_ptr + D)
-    keys = tl.load(
-        key_ptr[:, None] + channel[None, :],
-        mask=is_used[:, None] & (channel < D)[None, :],
-        other=0.0,
-    )
-    values = tl.load(
-        value_ptr[:, None] + value_channel[None, :],
-        mask=is_used[:, None] & (value_channel < DV)[None, :],
-        other=0.0,
-    )
-    logit = products(query, keys, SLICES, PRECISION) * logit_scale
-    if HAS_CAP:
-        logit = cap(logit, softcap)
-    logit = tl.where(is_used[None, :], logit, float("-inf"))
-    larger = tl.maximum(most, tl.max(logit, axis=1))
-    reference = tl.where(larger == float("-inf"), 0.0, larger)
-    weight = tl.exp2((logit - reference[:, None]) * LOG2_E)
-    shrink = tl.exp2((most - reference) * LOG2_E)
-    total = total * shrink + tl.sum(weight, axis=1)
-    mixed = mixed * shrink[:, None]
-    mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision=PRECISION)
-    return larger, total, mixed, keys, values, token, is_missing
-
-
-@triton.jit
-def _leave(
-    keys,
-    values,
-    token,
-    slot,
-    is_missing,
-    place_ptr,
-    left_ptr,
-    hot_ptr,
-    row_of_ptr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DV: tl.constexpr,
-    PAIR: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Leave what was missing of some slots in the hot rows that `place_kernel` gives it."""
-    channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    place = tl.load(place_ptr + slot, mask=is_missing, other=MISSING)
-    left = tl.load(left_ptr + slot, mask=is_missing, other=EMPTY)
-    row_ptr = hot_ptr + (place - MISSING).to(tl.int64)[:, None] * PAIR
-    tl.store(row_ptr + channel[None, :], keys, mask=is_missing[:, None] & (channel < D)[None, :])
-    tl.store(
-        row_ptr + D + value_channel[None, :],
-        values,
-        mask=is_missing[:, None] & (value_channel < DV)[None, :],
-    )
-    settle(row_of_ptr, token, place, left, is_missing)
 
 
 @triton.jit(
@@ -242,14 +118,14 @@ def gather_attention_kernel(
         cache_modifier=".cg",
     )
     if HAS_LIST:
-        if not HAS_HOT:
-            await_previous(IS_EARLY)
         token_index_ptr += row * width
         if HAS_HOT:
             place_ptr += row * width
             left_ptr += row * width
             hot_ptr += row * hot_rows * PAIR
             row_of_ptr += row * capacity
+        else:
+            await_previous(IS_EARLY)
     else:
         width = tl.minimum(tl.load(counters_ptr).to(tl.int32), capacity)
         if HAS_MASK:
@@ -265,7 +141,7 @@ def gather_attention_kernel(
     share = tl.cdiv(tl.cdiv(width, SPLITS), BLOCK_N) * BLOCK_N
     own_slot = split * share + tl.arange(0, BLOCK_N)
     if IS_ONE_BLOCK:
-        most, total, mixed, keys, values, token, is_missing = _attend_block(
+        most, total, mixed, keys, values, token, is_missing = attend_block(
             query, own_slot, most, total, mixed, keys_ptr, values_ptr, key_step, value_step,
             token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, logit_scale, softcap,
             D, BLOCK_D, DV, PAIR, BLOCK_DV, SLICES, PRECISION, HAS_LIST, HAS_HOT, HAS_MASK, HAS_CAP,
@@ -273,7 +149,7 @@ def gather_attention_kernel(
     else:
         for start in range(split * share, tl.minimum(split * share + share, width), BLOCK_N):
             slot = start + tl.arange(0, BLOCK_N)
-            most, total, mixed, keys, values, token, is_missing = _attend_block(
+            most, total, mixed, keys, values, token, is_missing = attend_block(
                 query, slot, most, total, mixed, keys_ptr, values_ptr, key_step, value_step,
                 token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, logit_scale, softcap,
                 D, BLOCK_D, DV, PAIR, BLOCK_DV, SLICES, PRECISION,
@@ -281,7 +157,7 @@ def gather_attention_kernel(
             )  # fmt: skip
             if HAS_HOT:
                 await_previous(IS_EARLY)
-                _leave(
+                leave(
                     keys, values, token, slot, is_missing, place_ptr, left_ptr, hot_ptr, row_of_ptr,
                     D, BLOCK_D, DV, PAIR, BLOCK_DV,
                 )  # fmt: skip
@@ -329,7 +205,7 @@ def gather_attention_kernel(
             tl.store(output_ptr + column, merged, mask=within)
     if HAS_HOT and IS_ONE_BLOCK:
         await_previous(IS_EARLY)
-        _leave(
+        leave(
             keys, values, token, own_slot, is_missing,
             place_ptr, left_ptr, hot_ptr, row_of_ptr, D, BLOCK_D, DV, PAIR, BLOCK_DV,
         )  # fmt: skip
@@ -460,7 +336,7 @@ def _attend(
     hot_rows, row_of, place, left = None, None, None, None
     if hot is not None:
         (hot_rows, row_of), (place, left) = (hot[0].rows, hot[0].row_of), hot[1]
-    at_once = splits * _block_size(max(head_dim, value_head_dim), query.dtype)
+    at_once = splits * block_size(max(head_dim, value_head_dim), query.dtype)
     attend_specialization(
         head_dim, value_head_dim, pair_width(keys), heads, num_lists // num_kv_heads, splits,
         query.dtype, logits.has_cap, None if sink_logits is None else sink_logits.dtype,
@@ -481,20 +357,6 @@ def _attend(
 def _aligned_size(size: int) -> int:
     """So many float32 numbers, or a few more, that what follows them is 16-byte aligned."""
     return -(-size // 4) * 4
-
-
-def _block_size(widest: int, dtype: torch.dtype) -> int:
-    """Tokens that a program attends to at once."""
-    return 16 if dtype == torch.float32 else 32 if widest > 128 else 64
-
-
-def product_constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How `products` are taken of such keys."""
-    is_float32 = dtype == torch.float32
-    return {
-        "SLICES": max(triton.next_power_of_2(head_dim) // _SLICE, 1) if is_float32 else 1,
-        "PRECISION": "ieee" if is_float32 else "tf32",
-    }
 
 
 @cache
@@ -525,7 +387,7 @@ def attend_specialization(
         "HEADS": heads,
         "BLOCK_H": max(16, triton.next_power_of_2(heads)),
         "LISTS_PER_KV_HEAD": lists_per_kv_head,
-        "BLOCK_N": _block_size(max(head_dim, value_head_dim), dtype),
+        "BLOCK_N": block_size(max(head_dim, value_head_dim), dtype),
         "SPLITS": splits,
         "BLOCK_M": min(triton.next_power_of_2(heads * value_head_dim), 512),
         **product_constants(head_dim, dtype),

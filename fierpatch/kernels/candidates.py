@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fierpatch.kernels.attention import products
+from fierpatch.kernels.attention_block import products
 from fierpatch.kernels.constants import EXPONENTS, HALF, ROWS, TILE_SIZE
 from fierpatch.kernels.early import await_previous, start_next
 from fierpatch.kernels.logits import cap

@@ -6,9 +6,10 @@ that starts early perhaps not.
 
 A step is two such rows of kernels: append, query, scores, keys; and low, compact, attention, or
 with a second scoring compact, scores of candidates, choice among them, attention. Where keys and
-values are on the host, placement comes before the attention. In a row a kernel
-is done only when the one before it is, because one of its programs at least waits, so that to wait
-for the last is enough.
+values are on the host, placement comes before the attention: it waits for the list before it lets
+that start, which goes on beside it and waits only at its end. In a row a kernel is done only when
+the one before it is, because one of its programs at least waits, so that to wait for the last is
+enough.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import triton
 
 from fierpatch.index import RotatedIndex
 from fierpatch.index.rotation import rotation_norm
-from fierpatch.kernels.attention import product_constants
+from fierpatch.kernels.attention_block import product_constants
 from fierpatch.kernels.candidates import code_scores_kernel, key_scores_kernel, refine_kernel
 from fierpatch.kernels.constants import EXPONENTS, MANTISSAS, MAX_HEADS
 from fierpatch.kernels.launch import Specialization

@@ -20,7 +20,11 @@ import pytest
 # 0 for all others with 128 channels in bfloat16.
 ALLOWED_STACK = {
     # Without an index, as for a dense layer: 64-bit strides and addresses around little work.
-    80: {"append_kernel store 128 bfloat16": 24},
+    80: {
+        "append_kernel store 128 bfloat16": 24,
+        # The rows that were missing stay at hand to its end.
+        "gather_attention_kernel 1bit 128 bfloat16 pair 256": 8,
+    },
     90: {
         "append_kernel store 128 bfloat16": 8,
         # The compiler has 96 registers where 128 were enough.
