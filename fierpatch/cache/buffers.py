@@ -178,6 +178,7 @@ class LayerBuffers:
 
     def release(self) -> None:
         """Give the memory back, even if a graph or the compiler holds the tensors still."""
+        self._join()
         for tensor in self.buffers:
             if tensor is self.facts.tally:
                 continue  # which reports go on to read, as they do the counters
@@ -210,6 +211,7 @@ class LayerBuffers:
         capacity = _round_up(max(num_tokens, self.capacity + self.capacity // 8))
         if self.max_positions is not None:
             capacity = min(capacity, _round_up(self.max_positions))
+        self._join()  # what a fetch goes on to write would be moved under it
         store = self._allocated
         if self._place == 1:
             self._shared.check_host(store.host_nbytes * (capacity - self.capacity) // self.capacity)

@@ -65,6 +65,7 @@ def place_ahead(
             logits,
             sinks=sinks,
             recent=recent,
+            follows_append=False,
         )
         placed = residency.place(hot, chosen, placed_length)
         _record(_placed, device)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fierpatch.hot_set import HotSet
+from fierpatch.kernels import residency
 from fierpatch.kernels.attention_block import (
     attend_block,
     block_size,
@@ -143,7 +144,8 @@ def gather_attention_kernel(
     if IS_ONE_BLOCK:
         most, total, mixed, keys, values, token, is_missing = attend_block(
             query, own_slot, most, total, mixed, keys_ptr, values_ptr, key_step, value_step,
-            token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, logit_scale, softcap,
+            token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, capacity,
+            logit_scale, softcap,
             D, BLOCK_D, DV, PAIR, BLOCK_DV, SLICES, PRECISION, HAS_LIST, HAS_HOT, HAS_MASK, HAS_CAP,
         )  # fmt: skip
     else:
@@ -151,7 +153,8 @@ def gather_attention_kernel(
             slot = start + tl.arange(0, BLOCK_N)
             most, total, mixed, keys, values, token, is_missing = attend_block(
                 query, slot, most, total, mixed, keys_ptr, values_ptr, key_step, value_step,
-                token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, logit_scale, softcap,
+                token_index_ptr, hot_ptr, row_of_ptr, visible_ptr, width, capacity,
+                logit_scale, softcap,
                 D, BLOCK_D, DV, PAIR, BLOCK_DV, SLICES, PRECISION,
                 HAS_LIST, HAS_HOT, HAS_MASK, HAS_CAP,
             )  # fmt: skip
@@ -239,7 +242,7 @@ def gather_attention(
     counters: Tensor | None = None,
     arrivals: Tensor | None = None,
     allocate: Callable[[int], Tensor] | None = None,
-    hot: tuple[HotSet, Tensor] | None = None,
+    hot: HotSet | None = None,
 ) -> Tensor:
     """`fierpatch.reference.gather_attention` with heads and queries swapped.
 
@@ -250,8 +253,8 @@ def gather_attention(
         counters: with them, the output is NaN if more tokens were stored than C.
         arrivals: int32 zeros, one a row of `token_indices` at least; left as they are found.
         allocate: gives room for so many float32 numbers; None is fresh memory.
-        hot: a hot set of as many lists, and what `fierpatch.kernels.residency.place` says of these;
-            missing rows are fetched. For one query and paired rows.
+        hot: a hot set of as many lists, in which they are placed; missing rows are fetched. For one
+            query and paired rows.
 
     Returns:
         ``[B, T, Hq, Dv]`` in the query's dtype.
@@ -301,7 +304,7 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     token_indices: Tensor | None,
-    hot: tuple[HotSet, Tensor] | None,
+    hot: HotSet | None,
     visible: Tensor | None,
     num_lists: int,
     width: int,
@@ -333,24 +336,36 @@ def _attend(
     most, total = room[outputs_size:], room[outputs_size + sums_size :]
     output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
     logits = Logits(scale, softcap)
-    hot_rows, row_of, place, left = None, None, None, None
-    if hot is not None:
-        (hot_rows, row_of), (place, left) = (hot[0].rows, hot[0].row_of), hot[1]
+    hot_rows, row_of = (None, None) if hot is None else (hot.rows, hot.row_of)
     at_once = splits * block_size(max(head_dim, value_head_dim), query.dtype)
-    attend_specialization(
+    specialization = attend_specialization(
         head_dim, value_head_dim, pair_width(keys), heads, num_lists // num_kv_heads, splits,
         query.dtype, logits.has_cap, None if sink_logits is None else sink_logits.dtype,
         counters is not None,
         token_indices is not None, None if row_of is None else row_of.dtype, visible is not None,
         hot is not None and width <= at_once,
         token_indices is not None and can_start_early(query.device),
-    ).launch(
-        (num_rows, splits, 1),
-        query, keys, values, token_indices, place, left, hot_rows, row_of, visible, sink_logits,
-        counters, room, most, total, arrivals, output,
-        *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
-        0 if hot_rows is None else hot_rows.shape[2], logits.factor, softcap,
     )  # fmt: skip
+
+    def launch(place: Tensor | None, left: Tensor | None) -> None:
+        specialization.launch(
+            (num_rows, splits, 1),
+            query, keys, values, token_indices, place, left, hot_rows, row_of, visible,
+            sink_logits, counters, room, most, total, arrivals, output,
+            *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
+            0 if hot_rows is None else hot_rows.shape[2], logits.factor, softcap,
+        )  # fmt: skip
+
+    if hot is None or token_indices is None:
+        launch(None, None)
+    else:
+        # Right before the attention: what has a place has to come.
+        place, left = residency.place(hot, token_indices)
+        try:
+            launch(place, left)
+        except BaseException:
+            hot.clear()
+            raise
     return output
 
 

@@ -51,6 +51,7 @@ def attend_block(
     row_of_ptr,
     visible_ptr,
     width,
+    capacity,
     logit_scale,
     softcap,
     D: tl.constexpr,
@@ -70,7 +71,8 @@ def attend_block(
     if HAS_LIST:
         # Past the first-level cache, for the list is not of the kernel before if that places.
         token = tl.load(token_index_ptr + slot, mask=slot < width, other=-1, cache_modifier=".cg")
-        is_used = token >= 0
+        # None behind the end, if more were stored than there is room for.
+        is_used = (token >= 0) & (token < capacity)
     else:
         token = slot.to(tl.int64)
         is_used = slot < width

@@ -83,7 +83,7 @@ def place_kernel(
     await_previous(IS_EARLY)
     start_next(IS_EARLY)
     token = tl.load(token_index_ptr + list_ * width + slot, mask=slot < width, other=EMPTY)
-    is_used = token >= 0
+    is_used = (token >= 0) & (token < capacity)
     if IS_PREFETCH:
         # What is not stored yet would be another token's row when it is.
         is_used = is_used & (token < length)

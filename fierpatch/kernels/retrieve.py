@@ -42,6 +42,7 @@ def retrieve(
     recent: int,
     sink_logits: Tensor | None = None,
     keys: Tensor | None = None,
+    follows_append: bool = True,
 ) -> Tensor:
     """The tokens that each list attends to: int64 ``[B, H or Hq, T, width]``, padded with -1.
 
@@ -53,8 +54,10 @@ def retrieve(
         counters: int64; the first is the number of tokens stored, and no other is read.
         visible: bool ``[B or 1, 1, T, S]`` of any strides; None means causal.
         keys: ``[B, H, C, D]``, where candidates are scored by them.
+        follows_append: whether the kernel before is one of `fierpatch.kernels.append`, beside which
+            the first one here may start, and not one that writes the query or the counters.
     """
-    score(shape, scratch, query, state, counters, logits, visible)
+    score(shape, scratch, query, state, counters, logits, visible, follows_append=follows_append)
     chosen = select(
         shape, scratch, counters, sinks=sinks, recent=recent, sink_logits=sink_logits,
         has_mask=visible is not None,
@@ -73,6 +76,8 @@ def score(
     counters: Tensor,
     logits: Logits,
     visible: Tensor | None = None,
+    *,
+    follows_append: bool = True,
 ) -> None:
     """Fill ``scratch.weight`` and the softmax statistics of its tiles; arguments as `retrieve`."""
     query, logits = as_rows(query), _first(shape, logits).in_log2
@@ -86,7 +91,7 @@ def score(
         is_early = can_start_early(query.device)
         margin = shape.index.candidate_margin * LEVELS.value if shape.refine else 0.0
         prepared = (scratch.total, scratch.unit, scratch.mean)
-        query_specialization(shape, query.dtype, is_early).launch(
+        query_specialization(shape, query.dtype, is_early and follows_append).launch(
             (shape.query_tasks, *grid[1:]),
             query, balance, rotation, centre, counters, scratch.operand, scratch.packed, *prepared,
             *query.stride()[:3], *sizes, logits.factor,

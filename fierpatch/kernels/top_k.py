@@ -264,9 +264,11 @@ def key_kernel(
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(counters_ptr, cache_modifier=".cg").to(tl.int32)
-    if chunk * (BLOCK * blocks) >= length:
+    if (chunk > 0) and (chunk * (BLOCK * blocks) >= length):
         return
     await_previous(IS_EARLY)
+    if length == 0:
+        return
     TILES: tl.constexpr = BLOCK // TILE_SIZE
     t = row % num_queries
     list_ = row // num_queries % num_lists

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fierpatch.hot_set import HotSet
 from fierpatch.kernels import append as appending
-from fierpatch.kernels import attention, residency, retrieve
+from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.ahead import await_fetched, await_placed, fetch_ahead, place_ahead
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
@@ -167,11 +167,9 @@ def _attend_hot(
     softcap: float,
 ) -> Tensor:
     """As `_attend` for one query, by way of a hot set that it updates."""
-    hot_set = HotSet(*hot)
-    placed = residency.place(hot_set, token_indices)
     return attention.gather_attention(
         query, *split([paired], query.shape[3]), token_indices, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, counters=counters, arrivals=arrivals, hot=(hot_set, placed),
+        sink_logits=sink_logits, counters=counters, arrivals=arrivals, hot=HotSet(*hot),
     )  # fmt: skip
 
 

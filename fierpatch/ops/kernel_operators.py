@@ -13,7 +13,7 @@ from fierpatch.errors import BackendError
 from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex
 from fierpatch.kernels import append as appending
-from fierpatch.kernels import attention, residency, retrieve
+from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
@@ -193,11 +193,10 @@ class KernelOperators:
                     query, rows[0], hot.tensors, *rest
                 )
             return output
-        placed = None if hot is None else (hot, residency.place(hot, token_indices))
         return attention.gather_attention(
             query, *split(rows, query.shape[3]), token_indices, scale=scale, softcap=softcap,
             sink_logits=sink_logits, counters=counters, arrivals=self.arrivals,
-            allocate=self._allocate, hot=placed,
+            allocate=self._allocate, hot=hot,
         )  # fmt: skip
 
     def place_ahead(

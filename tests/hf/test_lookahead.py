@@ -238,6 +238,35 @@ def test_a_layer_places_while_the_one_before_stores_and_fetches_when_that_has_at
     assert attended < log.index(("fetch", cache.stores[3]))
 
 
+def test_nothing_is_on_its_way_to_buffers_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetch that goes on would write where they were."""
+    starts: list[bool] = []
+    resize, is_late = HotSet.resize, []
+
+    def resize_it(hot: HotSet, capacity: int) -> HotSet:
+        layers = [layer for layer in cache.stores.values() if layer.hot is hot]
+        is_late.extend(layer._started is not None for layer in layers)
+        return resize(hot, capacity)
+
+    place_ahead = LayerCache._place_ahead
+
+    def place_it(layer: LayerCache, before: Tensor | None) -> None:
+        place_ahead(layer, before)
+        starts.append(layer._started is not None)
+
+    monkeypatch.setattr(HotSet, "resize", resize_it)
+    monkeypatch.setattr(LayerCache, "_place_ahead", place_it)
+    model = tiny_model("llama")
+    with fierpatch.apply(model, SETTINGS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(510), past_key_values=cache)
+        for _ in range(4):
+            model(prompt(1), past_key_values=cache)
+    assert any(starts)
+    assert is_late
+    assert not any(is_late)
+
+
 def test_a_step_that_breaks_off_before_it_fetches_keeps_no_cache() -> None:
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt

@@ -134,7 +134,7 @@ def decode(
         shape, scratch, query, state, counters, logits, visible,
         sinks=length % 5, recent=length % 17, sink_logits=sink_logits, keys=keys,
     )  # fmt: skip
-    placed = None
+    hot = None
     if is_offloaded and num_queries == 1:
         lists = (batch_size, token_indices.shape[1], head_dim + value_head_dim)
         hot = HotSet.empty(2 * token_indices.shape[3], capacity, *lists, paired)
@@ -146,10 +146,9 @@ def decode(
         project.project(source, weight, bias, None if has_mask else end)
         more = residency.place(hot, token_indices, end)
         residency.fetch(hot, more, token_indices, end, paired)
-        placed = hot, residency.place(hot, token_indices)
     attention.gather_attention(
         query, keys, values, token_indices, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, counters=counters if has_counters else None, hot=placed,
+        sink_logits=sink_logits, counters=counters if has_counters else None, hot=hot,
     )  # fmt: skip
     # Of a prompt as many queries, which see what there is.
     block_masses.block_masses(

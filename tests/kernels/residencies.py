@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,7 +111,6 @@ def check_residency(case: Steps, device: torch.device) -> None:
         lists = lists_of(case, step, case.width, generator)
         query = torch.randn(case.batch_size, heads, 1, case.head_dim, generator=generator)
         query = query.to(device, case.dtype)
-        placed = residency.place(found, lists.to(device))
         options = {"scale": 0.1, "counters": counters, "arrivals": arrivals}
         views = split([held], case.head_dim)
         own = place_reference(expected, lists)
@@ -119,11 +119,10 @@ def check_residency(case: Steps, device: torch.device) -> None:
             query,
             *split([without], case.head_dim),
             lists.to(device),
-            hot=(found, placed),
+            hot=found,
             **options,
         )
         fetch_reference(expected, own, lists, paired)
-        assert torch.equal(placed[0].cpu(), own)
         plain = attention.gather_attention(query, *views, lists.to(device), **options)
         assert torch.equal(output, plain)
         flat = attention.gather_attention(
@@ -200,3 +199,47 @@ def check_an_empty_row_goes_first(device: torch.device) -> None:
         lists = torch.tensor([[[[token]]]], device=device)
         residency.fetch(hot, residency.place(hot, lists), lists, length, paired)
     assert hot.tokens.tolist() == [[[0, 1, 2]]]
+
+
+def check_break_off(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that is not launched after a placement leaves an empty set."""
+    from fierpatch.kernels import attention
+
+    hot = HotSet.empty(3, 9, 1, 1, 128, torch.zeros(1, device=device))
+    keys, values = split([torch.randn(9, 1, 1, 128, device=device)], 64)
+    query = torch.randn(1, 1, 1, 64, device=device)
+
+    def attend(*tokens: int) -> Tensor:
+        lists = torch.tensor([[[tokens]]], device=device)
+        return attention.gather_attention(query, keys, values, lists, scale=1.0, hot=hot)
+
+    attend(0, 1)
+    before = attend(1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "attend_specialization", lambda *_: Interrupting())
+        with pytest.raises(KeyboardInterrupt):
+            attend(3, 4)
+    for tensor in (hot.tokens, hot.row_of):
+        assert (tensor == EMPTY).all()
+    assert torch.equal(attend(1, 2), before)
+
+
+class Interrupting:
+    """A kernel whose launch is interrupted."""
+
+    def launch(self, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+
+def check_behind_the_end(device: torch.device) -> None:
+    """A token that there is no room for touches neither its own list nor the next."""
+    from fierpatch.kernels import attention
+
+    hot = HotSet.empty(3, 9, 1, 2, 128, torch.zeros(1, device=device))
+    keys, values = split([torch.randn(9, 1, 2, 128, device=device)], 64)
+    query = torch.randn(1, 2, 1, 64, device=device)
+    lists = torch.tensor([[[[9, 4]], [[2, 12]]]], device=device)
+    attention.gather_attention(query, keys, values, lists, scale=1.0, hot=hot)
+    found = [[row for row in rows if row != EMPTY] for rows in hot.tokens[0].tolist()]
+    assert found == [[4], [2]]
+    assert [(rows != EMPTY).nonzero().flatten().tolist() for rows in hot.row_of[0]] == [[4], [2]]

@@ -12,6 +12,8 @@ from kernels.residencies import (
     Steps,
     any_steps,
     check_an_empty_row_goes_first,
+    check_behind_the_end,
+    check_break_off,
     check_lengths_ahead,
     check_residency,
 )
@@ -31,6 +33,17 @@ def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
 
 def test_an_empty_row_goes_before_the_oldest() -> None:
     check_an_empty_row_goes_first(CPU)
+
+
+def test_an_attention_that_breaks_off_leaves_no_token_without_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What had a place but did not come would be taken for what was in that row."""
+    check_break_off(CPU, monkeypatch)
+
+
+def test_a_token_behind_the_end_has_no_row() -> None:
+    check_behind_the_end(CPU)
 
 
 @few(25)
