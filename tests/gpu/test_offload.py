@@ -367,6 +367,8 @@ def test_a_store_in_pieces_holds_the_rows_of_one_on_the_device() -> None:
         Steps(200, 100, 4000, 1, 8, 1, 128, 128, num_steps=80, drift=20, dtype=torch.bfloat16),
         Steps(2048, 1024, 40_000, 1, 8, 1, 128, 128, num_steps=30, drift=200, dtype=torch.float16),
         Steps(300, 100, 900, 1, 2, 4, 64, 48, num_steps=70, drift=20, candidates=150),
+        Steps(256, 64, 900, 1, 8, 1, 128, 96, num_steps=70, candidates=90, crops=(None, 150)),
+        Steps(256, 64, 900, 2, 2, 1, 64, 64, num_steps=9, crops=(70, None, 0), more_room=512),
         Steps(1024, 1024, 3000, 1, 1, 1, 80, 80, fill=1.0, drift=900, candidates=700),
     ],
     ids=str,
