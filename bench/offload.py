@@ -100,6 +100,8 @@ def main(arguments: list[str]) -> None:
             ways.release(model)
             keep(prefills(model, options, settings))
     print(table(with_ratios(rows), COLUMNS))
+    if "steps" in parts:
+        print(f"to draw the steps: python -m bench plot --input {path}, or with --by overlap too")
 
 
 WAYS = {
