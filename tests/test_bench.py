@@ -349,6 +349,7 @@ def test_steps_of_every_tier_have_rows_by_overlap(name: str, tmp_path: Path) -> 
         assert abs(row["overlap_found"] - row["overlap"]) < 0.1
         assert ("hit" in row) == (name != "resident")
         assert (row["host_mib"] > 0) == (name != "resident")
+        assert row["layers"] == 3
     if name != "resident":
         assert rows[0]["hit"] > rows[1]["hit"]
     # Where most of a selection was there before it does not pay.
@@ -363,7 +364,24 @@ def test_prefill_is_measured_on_the_device_and_on_the_host(tmp_path: Path) -> No
     assert [row["what"] for row in rows] == ["prefill, resident", "prefill, offloaded"]
     for row in rows:
         check_times(row, "ms")
+        assert row["layers"] == 3
     assert rows[0]["ratio"] == 1
+
+
+def test_a_kept_row_gives_way_to_one_of_the_same_settings_alone(tmp_path: Path) -> None:
+    command = ["--device", "cpu", "--model", "llama-tiny", "--only", "prefill", "--rounds", "1"]
+    command += ["--prompt", "200", "--keep", "--output", str(tmp_path / "rows.jsonl")]
+    for more in (["--layers", "3"], ["--layers", "2"], ["--layers", "2", "--refine", "2"]) * 2:
+        offload.main([*command, *more])
+    rows = read(tmp_path / "rows.jsonl")
+    found = [(row["layers"], row["refine"]) for row in rows if row["what"] == "prefill, offloaded"]
+    assert found == [(3, 0), (2, 0), (2, 2)]
+
+
+def test_a_row_without_its_layers_is_of_the_whole_model() -> None:
+    row: dict[str, Any] = {"what": "offloaded", "context": 131072, "overlap": 0.8, "budget": 1024}
+    assert offload.identity(row) == offload.identity(row | {"layers": 32})
+    assert offload.identity(row) != offload.identity(row | {"layers": 4})
 
 
 def test_a_plot_without_rows_says_what_to_run(tmp_path: Path) -> None:
