@@ -95,11 +95,14 @@ def main(arguments: list[str]) -> None:
                     try:
                         keep(steps(model, name, context, settings, options))
                     except Exception as error:
-                        keep([{"what": name, "context": context, "reason": reason(error)}])
+                        row = {"what": name, "context": context, "layers": depth(model)}
+                        keep([row | {"reason": reason(error)}])
         if "prefill" in parts:
             ways.release(model)
             keep(prefills(model, options, settings))
     print(table(with_ratios(rows), COLUMNS))
+    if "steps" in parts:
+        print(f"to draw the steps: python -m bench plot --input {path}, or with --by overlap too")
 
 
 WAYS = {
@@ -140,6 +143,7 @@ def steps(
             row: dict[str, Any] = {
                 "what": name,
                 "context": context,
+                "layers": depth(model),
                 "overlap": overlap,
                 "overlap_found": found,
                 "estimate_finds": share,
@@ -201,7 +205,8 @@ def prefills(
     first = "prefill, resident"
     rows = []
     for name, samples in times.items():
-        row = {"what": name, "context": options.prompt, **summary(samples[1:], "ms")}
+        row = {"what": name, "context": options.prompt, "layers": depth(model)}
+        row |= summary(samples[1:], "ms")
         row |= {"first_ms": samples[0], "peak_mib": peaks[name] / 2**20}
         row["saved_mib"] = (peaks[first] - peaks[name]) / 2**20
         row["ratio"] = row["ms"] / statistics.median(times[first][1:])
@@ -279,9 +284,17 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def depth(model: Any) -> int:
+    """How many layers it has."""
+    return int(model.config.num_hidden_layers)
+
+
 def identity(row: dict[str, Any]) -> tuple[object, ...]:
     """What tells a row from others of the file."""
-    return tuple(row.get(name) for name in ("what", "context", "overlap", "hot_tokens", "budget"))
+    names = ("what", "context", "overlap", "hot_tokens", "budget", "refine")
+    # Rows from before there was this column are of the whole model.
+    layers = row.get("layers", SHAPES["llama-8b"]["num_hidden_layers"])
+    return (*(row.get(name) for name in names), layers)
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

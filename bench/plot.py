@@ -1,18 +1,31 @@
 """How do milliseconds a token grow? Draws rows of `bench generate` or `bench offload`.
 
-Against the context, or how far consecutive selections overlap. Needs matplotlib, which nothing else
-here does.
+Against the context, at one overlap of consecutive selections where there are several, or against
+that overlap at one context. Needs matplotlib, which nothing else here does.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from bench.rows import RESULTS, read
 
 AXES = {"context": "tokens in the cache", "overlap": "share of a selection that is in the next"}
+
+# Of settings the value that goes without saying, in rows too, and how a curve names another.
+USUAL: dict[str, tuple[object, str]] = {
+    "layers": (32, "{} layers"),
+    "index": ("rotated", "{}"),
+    "bits": (1, "{} bits"),
+    "budget": (1024, "budget {}"),
+    "refine": (0, "refine {}"),
+    "hot_tokens": (None, "{} hot rows"),
+}
+OVERLAP = 0.8  # of those measured at as many contexts the nearest to this
+LINES = (":", "-.", "--")  # of other settings
 
 # Stock ways in greys, ours in a colour; through generate dashed.
 STYLES: dict[str, dict[str, Any]] = {
@@ -45,37 +58,76 @@ def main(arguments: list[str]) -> None:
     }
     if not found:
         raise SystemExit(f"no rows to draw in {options.input}: run python -m bench generate first")
-    output = options.output or options.input.with_suffix(".svg")
-    title = f"{rows[-1].get('model', '')}, {rows[-1].get('device', '')}"
-    draw(found, title, output, options.by)
+    ending = ".svg" if options.by == "context" else f"-{options.by}.svg"
+    output = options.output or options.input.with_name(options.input.stem + ending)
+    parts = [rows[-1].get("model"), rows[-1].get("device"), shared(rows, options.by)]
+    draw(found, ", ".join(part for part in parts if part), output, options.by)
     print("saved", output)
 
 
 def curves(rows: list[dict[str, Any]], by: str = "context") -> dict[str, list[tuple[float, float]]]:
     """Where and milliseconds of each way that was measured there, stages left out.
 
-    Against the overlap it is the longest context that was measured at several.
+    Rows of other settings are another curve, and all are of one overlap, or context: see `fixed`.
     """
+    other, value = fixed(rows, by)
     found: dict[str, dict[float, float]] = {}
-    if by == "overlap":
-        rows = [row for row in rows if row.get("overlap") is not None and "ms" in row]
-        contexts = [row["context"] for row in rows]
-        longest = max((x for x in contexts if contexts.count(x) > 1), default=None)
-        rows = [row for row in rows if row["context"] == longest]
-    for row in rows:
-        is_stage = row["what"].startswith(" ") or row["what"] not in STYLES
-        if "ms" in row and row.get(by) is not None and not is_stage:
-            name = row["what"]
-            if row.get("hot_tokens"):
-                name += f", {row['hot_tokens']} hot rows"
-            found.setdefault(name, {})[row[by]] = row["ms"]
+    for row in _measured(rows):
+        if row.get(by) is not None and (value is None or row.get(other) == value):
+            found.setdefault(_name(row), {})[row[by]] = row["ms"]
     return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def fixed(rows: list[dict[str, Any]], by: str) -> tuple[str, float | None]:
+    """The other axis, and where on it the picture is: where most of this one was measured.
+
+    Of equals at the overlap nearest to 0.8, or the longest context; None where no row tells.
+    """
+    other = next(name for name in AXES if name != by)
+    places = defaultdict(set)
+    for row in _measured(rows):
+        if row.get(by) is not None and row.get(other) is not None:
+            places[row[other]].add(row[by])
+
+    def rank(value: float) -> tuple[int, float]:
+        return len(places[value]), value if other == "context" else -abs(value - OVERLAP)
+
+    return other, max(places, key=rank, default=None)
+
+
+def shared(rows: list[dict[str, Any]], by: str) -> str:
+    """What all points have in common, for the title."""
+    other, value = fixed(rows, by)
+    if value is None:
+        return ""
+    return f"overlap {value:g}" if other == "overlap" else f"{_tokens(int(value))} tokens"
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["what"] in STYLES and "ms" in row]
+
+
+def _name(row: dict[str, Any]) -> str:
+    """A way, and each setting of its that is not the usual one."""
+    parts = [row["what"]]
+    for setting, (usual, form) in USUAL.items():
+        value = row.get(setting)
+        is_own = setting == "layers" or not row["what"].startswith("stock")
+        if setting == "hot_tokens":
+            is_own = row["what"].startswith("offloaded")
+        if is_own and value is not None and value != usual:
+            parts.append(form.format(value))
+    return ", ".join(parts)
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 def draw(
     found: dict[str, list[tuple[float, float]]], title: str, output: Path, by: str = "context"
 ) -> None:
-    """One line a way; against the context both axes are logarithmic."""
+    """One line a way, or a point; milliseconds on a logarithmic axis where they differ much."""
     try:
         import matplotlib
     except ImportError as error:
@@ -84,20 +136,27 @@ def draw(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    num_others: dict[str, int] = defaultdict(int)  # curves of a way, of other settings
     for name, points in found.items():
         where, milliseconds = zip(*points, strict=True)
-        way, _, hot = name.partition(", ")
-        style = STYLES.get(name, STYLES.get(way, {}))
-        if hot.endswith("rows"):
-            style = {**style, "linestyle": ":"}
-        axes.plot(where, milliseconds, marker="o", markersize=4, label=name, **style)
+        way = max((way for way in STYLES if f"{name}, ".startswith(f"{way}, ")), key=len)
+        style = {"marker": "o", "markersize": 4, **STYLES[way]}
+        if name != way:
+            line = LINES[num_others[way] % len(LINES)]
+            style |= {"linestyle": line, "markerfacecolor": "white"}
+            num_others[way] += 1
+        if len(points) == 1:
+            style |= {"linestyle": "none", "markersize": 6}
+        axes.plot(where, milliseconds, label=name, **style)
     axes.set_xlabel(AXES[by])
     axes.set_ylabel("ms a token")
     if by == "context":
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         ticks = sorted({int(x) for points in found.values() for x, _ in points})
-        axes.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
+        axes.set_xticks(ticks, [*map(_tokens, ticks)])
+    heights = [y for points in found.values() for _, y in points]
+    if max(heights) > 4 * min(heights):
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     else:

@@ -260,6 +260,79 @@ def test_a_curve_against_the_overlap_is_of_one_context_and_size_of_the_hot_set()
     ]
     expected = {"offloaded": [(0.5, 2.0), (0.9, 1.0)], "offloaded, 64 hot rows": [(0.9, 1.5)]}
     assert plot.curves(rows, "overlap") == expected
+    assert plot.shared(rows, "overlap") == "128 tokens"
+
+
+def test_a_curve_against_the_context_is_of_one_overlap() -> None:
+    """Of that at which most contexts were measured, whatever else was at some of them."""
+    ways = ("resident", "offloaded", "offloaded, prefetch")
+    rows: list[dict[str, Any]] = [
+        {"what": what, "context": 128, "overlap": overlap, "ms": 10 * place - overlap}
+        for place, what in enumerate(ways, 1)
+        for overlap in (1.0, 0.9, 0.8, 0.5, 0.0)
+    ]
+    rows += [
+        {"what": "offloaded", "context": 64, "overlap": 0.8, "ms": 3.0},
+        {"what": "offloaded", "context": 2048, "overlap": 0.8, "ms": 30.0},
+    ]
+    expected = {
+        "resident": [(128, 9.2)],
+        "offloaded": [(64, 3.0), (128, 19.2), (2048, 30.0)],
+        "offloaded, prefetch": [(128, 29.2)],
+    }
+    for order in (rows, rows[::-1]):
+        assert plot.curves(order) == expected
+        assert plot.shared(order, "context") == "overlap 0.8"
+        assert plot.shared(order, "overlap") == "128 tokens"
+        assert len(plot.curves(order, "overlap")["offloaded"]) == 5
+    assert plot.fixed(rows[:-2], "context") == ("overlap", 0.8), "of equals"
+
+
+def test_a_curve_is_of_one_setting() -> None:
+    row = {"context": 128, "overlap": 0.8, "layers": 32, "budget": 1024, "refine": 0, "bits": 1}
+    row |= {"index": "rotated", "hot_tokens": None}
+    others: list[dict[str, Any]] = [
+        {"layers": 4},
+        {"budget": 512, "hot_tokens": 2048},
+        {"refine": 4},
+        {"index": "fier"},
+        {"bits": 2},
+    ]
+    rows = [
+        row | other | {"what": what, "ms": 1.0 + number}
+        for number, other in enumerate([{}, *others])
+        for what in ("resident", "offloaded, prefetch")
+    ]
+    # Rows from before there was a column are of what is usual.
+    rows.append({"what": "resident", "context": 64, "overlap": 0.8, "ms": 0.5})
+    expected = {
+        "resident": [(64, 0.5), (128, 1.0)],
+        "resident, 4 layers": [(128, 2.0)],
+        "resident, budget 512": [(128, 3.0)],
+        "resident, refine 4": [(128, 4.0)],
+        "resident, fier": [(128, 5.0)],
+        "resident, 2 bits": [(128, 6.0)],
+    }
+    found = plot.curves(rows)
+    assert {name: x for name, x in found.items() if name.startswith("resident")} == expected
+    assert found["offloaded, prefetch, budget 512, 2048 hot rows"] == [(128, 3.0)]
+    stock = {"what": "stock-static", "context": 64, "budget": 512, "ms": 1.0}
+    assert [*plot.curves([stock])] == ["stock-static"]
+
+
+@pytest.mark.parametrize("by", plot.AXES)
+def test_a_plot_is_saved_beside_its_rows_one_for_each_axis(by: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="nothing else needs it")
+    rows = [
+        {"what": what, "context": context, "overlap": overlap, "ms": 1.0, "device": "a device"}
+        for what in ("resident", "offloaded")
+        for context, overlap in ((64, 0.8), (128, 0.8), (128, 0.5))
+    ]
+    rows.append({**rows[1], "what": "offloaded, prefetch", "hot_tokens": 64})
+    path = save("offload", "cpu", rows, tmp_path / "rows.jsonl")
+    plot.main(["--input", str(path), "--by", by])
+    picture = tmp_path / ("rows.svg" if by == "context" else "rows-overlap.svg")
+    assert "<svg" in picture.read_text()
 
 
 @pytest.mark.parametrize("name", offload.WAYS)
@@ -276,6 +349,7 @@ def test_steps_of_every_tier_have_rows_by_overlap(name: str, tmp_path: Path) -> 
         assert abs(row["overlap_found"] - row["overlap"]) < 0.1
         assert ("hit" in row) == (name != "resident")
         assert (row["host_mib"] > 0) == (name != "resident")
+        assert row["layers"] == 3
     if name != "resident":
         assert rows[0]["hit"] > rows[1]["hit"]
     # Where most of a selection was there before it does not pay.
@@ -290,7 +364,24 @@ def test_prefill_is_measured_on_the_device_and_on_the_host(tmp_path: Path) -> No
     assert [row["what"] for row in rows] == ["prefill, resident", "prefill, offloaded"]
     for row in rows:
         check_times(row, "ms")
+        assert row["layers"] == 3
     assert rows[0]["ratio"] == 1
+
+
+def test_a_kept_row_gives_way_to_one_of_the_same_settings_alone(tmp_path: Path) -> None:
+    command = ["--device", "cpu", "--model", "llama-tiny", "--only", "prefill", "--rounds", "1"]
+    command += ["--prompt", "200", "--keep", "--output", str(tmp_path / "rows.jsonl")]
+    for more in (["--layers", "3"], ["--layers", "2"], ["--layers", "2", "--refine", "2"]) * 2:
+        offload.main([*command, *more])
+    rows = read(tmp_path / "rows.jsonl")
+    found = [(row["layers"], row["refine"]) for row in rows if row["what"] == "prefill, offloaded"]
+    assert found == [(3, 0), (2, 0), (2, 2)]
+
+
+def test_a_row_without_its_layers_is_of_the_whole_model() -> None:
+    row: dict[str, Any] = {"what": "offloaded", "context": 131072, "overlap": 0.8, "budget": 1024}
+    assert offload.identity(row) == offload.identity(row | {"layers": 32})
+    assert offload.identity(row) != offload.identity(row | {"layers": 4})
 
 
 def test_a_plot_without_rows_says_what_to_run(tmp_path: Path) -> None:

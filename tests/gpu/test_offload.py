@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 import fierpatch
 from fierpatch.offload import DeviceStore, HostStore, MemoryPool, Transfer
@@ -162,10 +162,11 @@ def resident_nbytes() -> int:
     raise AssertionError
 
 
+@pytest.mark.parametrize("has_prefetch", [False, True])
 @pytest.mark.parametrize("options", [EAGER, STATIC], ids=["eager", "compiled"])
-def test_ten_runs_take_the_memory_of_one(options: dict[str, Any]) -> None:
+def test_ten_runs_take_the_memory_of_one(options: dict[str, Any], has_prefetch: bool) -> None:
     model = llama()
-    with fierpatch.apply(model, budget=64, offload=True):
+    with fierpatch.apply(model, budget=64, offload=True, prefetch=has_prefetch):
         for number in range(11):
             generate(model, inputs=prompt(6000), **(options | {"max_new_tokens": 4}))
             gc.collect()
@@ -203,6 +204,95 @@ def test_a_run_that_is_broken_off_leaves_model_and_memory(
         assert torch.cuda.memory_allocated() <= before + (1 << 20)
         assert torch.equal(generate(model, **options).sequences, expected)
         assert handle.is_attached
+
+
+ERRORS = pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+
+
+def check_breaks(handle: fierpatch.Handle, options: dict[str, Any], break_off: Any) -> None:
+    """After runs that `break_off` ends, others give the tokens and take the memory of before."""
+    options = options | {"inputs": prompt(3000)}
+
+    def run() -> torch.Tensor:
+        sequences: torch.Tensor = generate(handle.model, **options).sequences
+        return sequences
+
+    def on_device() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    def on_host() -> set[tuple[int, int]]:
+        memories = [each for each in gc.get_objects() if type(each) is HostMemory]
+        return {(id(one), one.nbytes) for one in memories}
+
+    expected = run()
+    assert torch.equal(run(), expected)  # what is allocated for good, or recorded, now is
+    before, memories, graphs = on_device(), on_host(), counters["stats"]["unique_graphs"]
+    # What a run leaves behind adds up: of 3,072 tokens its dense layers alone have 3 MiB.
+    for _ in range(3):
+        break_off(options)
+        assert handle.is_attached
+        assert on_device() <= before + (1 << 20)
+        assert torch.equal(run(), expected)
+        assert on_device() <= before + (1 << 20)
+        assert on_host() == memories  # and not more, as if the run that broke still had its own
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@ERRORS
+@pytest.mark.parametrize("is_fetching", [False, True], ids=["placed", "fetching"])
+def test_a_step_that_is_broken_off_while_it_fetches_ahead_leaves_model_and_memory(
+    is_fetching: bool, error: type[BaseException]
+) -> None:
+    """Behind the attention of layer 2, before what layer 3 will need is fetched, or meanwhile."""
+    model = llama()
+    with fierpatch.apply(model, budget=64, offload=True, prefetch=True) as handle:
+
+        def break_off(options: dict[str, Any]) -> None:
+            passes = count(1)
+
+            def fail(module: Any, inputs: Any, arguments: dict[str, Any], *output: Any) -> None:
+                if next(passes) == 3:  # the prompt, a step that finds no row there, another
+                    started = arguments["past_key_values"].stores[3]._started
+                    assert started is not None
+                    assert started.is_fetching == is_fetching
+                    raise error("in the middle of a step")
+
+            before, after = model.model.layers[3], model.model.layers[2].self_attn
+            if is_fetching:
+                hook = before.register_forward_pre_hook(fail, with_kwargs=True)
+            else:
+                hook = after.register_forward_hook(fail, with_kwargs=True)
+            with pytest.raises(error, match="in the middle of a step"):
+                generate(model, **options)
+            hook.remove()
+
+        check_breaks(handle, EAGER, break_off)
+
+
+@ERRORS
+def test_a_compiled_run_that_is_broken_off_between_steps_leaves_model_and_memory(
+    error: type[BaseException],
+) -> None:
+    model = llama()
+    with fierpatch.apply(model, budget=64, offload=True, prefetch=True) as handle:
+
+        def break_off(options: dict[str, Any]) -> None:
+            passes = count(1)
+
+            def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                if next(passes) == 4:  # the prompt and three steps
+                    raise error("between two steps")
+                return scores
+
+            with pytest.raises(error, match="between two steps"):
+                generate(model, logits_processor=LogitsProcessorList([fail]), **options)
+
+        options = STATIC | {"cache_implementation": "offloaded_static"}
+        check_breaks(handle, options, break_off)
+        assert counters["stats"]["unique_graphs"] > 0
+        assert not counters["inductor"]["cudagraph_skips"]
 
 
 def test_pinned_memory_is_the_same_on_both_sides() -> None:
@@ -277,6 +367,8 @@ def test_a_store_in_pieces_holds_the_rows_of_one_on_the_device() -> None:
         Steps(200, 100, 4000, 1, 8, 1, 128, 128, num_steps=80, drift=20, dtype=torch.bfloat16),
         Steps(2048, 1024, 40_000, 1, 8, 1, 128, 128, num_steps=30, drift=200, dtype=torch.float16),
         Steps(300, 100, 900, 1, 2, 4, 64, 48, num_steps=70, drift=20, candidates=150),
+        Steps(256, 64, 900, 1, 8, 1, 128, 96, num_steps=70, candidates=90, crops=(None, 150)),
+        Steps(256, 64, 900, 2, 2, 1, 64, 64, num_steps=9, crops=(70, None, 0), more_room=512),
         Steps(1024, 1024, 3000, 1, 1, 1, 80, 80, fill=1.0, drift=900, candidates=700),
     ],
     ids=str,

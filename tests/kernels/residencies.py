@@ -33,6 +33,9 @@ class Steps:
     fill: float = 0.8  # the share of slots in use
     drift: int = 8  # tokens by which a list moves on
     candidates: int = 0  # tokens to prefetch after a step
+    # How many tokens a crop leaves before a step, from the second on and in turn; None for no crop.
+    crops: tuple[int | None, ...] = ()
+    more_room: int = 0  # tokens by which the capacity grows before the second step
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -40,15 +43,19 @@ class Steps:
     def num_lists(self) -> int:
         return self.num_kv_heads * self.lists_per_kv_head
 
+    def crop_before(self, step: int) -> int | None:
+        return self.crops[(step - 1) % len(self.crops)] if step and self.crops else None
+
 
 @st.composite
 def any_steps(draw: st.DrawFn, *, longest: int = 80) -> Steps:
     width = draw(st.integers(1, longest))
     head_dim = draw(st.sampled_from((64, 80, 128)))
+    num_tokens = draw(st.integers(width, 4 * width + 3))
     return Steps(
         num_rows=width + draw(st.sampled_from((0, 1, width, 3 * width))),
         width=width,
-        num_tokens=draw(st.integers(width, 4 * width + 3)),
+        num_tokens=num_tokens,
         batch_size=draw(st.integers(1, 2)),
         num_kv_heads=draw(st.integers(1, 2)),
         lists_per_kv_head=draw(st.sampled_from((1, 1, 3))),
@@ -57,6 +64,8 @@ def any_steps(draw: st.DrawFn, *, longest: int = 80) -> Steps:
         fill=draw(st.sampled_from((0.0, 0.3, 0.9, 1.0))),
         drift=draw(st.sampled_from((0, 1, 8, 1000))),
         candidates=draw(st.sampled_from((0, 0, 1, 40, 200))),
+        crops=tuple(draw(st.lists(st.none() | st.integers(0, num_tokens), max_size=3))),
+        more_room=draw(st.sampled_from((0, 0, 1, 512))),
         dtype=draw(st.sampled_from((torch.float32, torch.float16))),
         seed=draw(seeds()),
     )
@@ -108,6 +117,17 @@ def check_residency(case: Steps, device: torch.device) -> None:
     counters[0] = case.num_tokens
     arrivals = torch.zeros(case.batch_size * case.num_lists, dtype=torch.int32, device=device)
     for step in range(case.num_steps):
+        if (kept := case.crop_before(step)) is not None:
+            for hot in (expected, found):
+                hot.forget(kept)
+            # Others come in the place of those that were forgotten.
+            paired[kept:] = torch.randn(paired[kept:].shape, generator=generator)
+            held.copy_(paired)
+        if step == 1 and case.more_room:
+            nothing = paired.new_full((case.more_room, *shape[1:]), torch.nan)
+            paired = torch.cat((paired, nothing))
+            held = paired.to(device)
+            expected, found = (hot.resize(len(paired)) for hot in (expected, found))
         lists = lists_of(case, step, case.width, generator)
         query = torch.randn(case.batch_size, heads, 1, case.head_dim, generator=generator)
         query = query.to(device, case.dtype)

@@ -27,6 +27,8 @@ CPU = torch.device("cpu")
 @example(Steps(1, 1, 3))
 @example(Steps(130, 65, 200, lists_per_kv_head=3, candidates=70, drift=30))
 @example(Steps(64, 64, 128, fill=1.0, drift=64, candidates=9))
+@example(Steps(40, 20, 60, candidates=9, crops=(10,), more_room=512))
+@example(Steps(9, 3, 12, num_steps=70, drift=1, crops=(None, None, None, 5)))
 def test_a_hot_set_by_kernels_is_that_of_the_tensors(case: Steps) -> None:
     check_residency(case, CPU)
 
