@@ -360,6 +360,34 @@ def test_a_store_in_pieces_holds_the_rows_of_one_on_the_device() -> None:
     check()
 
 
+def test_a_prompt_on_its_way_to_the_host_is_on_the_device_for_two_layers() -> None:
+    """Beside the keys and values at work, however many layers there are; and all arrive."""
+    shape, num_layers = (1, 8, 4096, 128), 8  # 16 MiB a layer
+
+    def new(number: int) -> torch.Tensor:
+        return torch.full(shape, number, device=CUDA, dtype=torch.bfloat16)
+
+    transfer, pool, like = Transfer(), MemoryPool(), new(0)
+    stores = [HostStore(like, like, 4096, 4096, transfer, pool) for _ in range(num_layers)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for number, store in enumerate(stores):
+        key, value = new(number), new(-number)
+        store.write(key, value, 0)
+        del key, value
+    taken = torch.cuda.max_memory_allocated() - before
+    nbytes = stores[0].host_nbytes
+    # A layer as it came, its rows in pairs, and the pairs of the one before; the allocator may
+    # leave up to 1 MiB behind each of four tensors.
+    assert 2 * nbytes < taken <= 3 * nbytes + (4 << 20)
+    stores[0].join()
+    assert torch.cuda.memory_allocated() == before
+    for number, store in enumerate(stores):
+        assert (store.keys == number).all()
+        assert (store.values == -number).all()
+
+
 @pytest.mark.parametrize(
     "case",
     [
