@@ -4,7 +4,8 @@ A window of *Persuasion* goes through SmolLM2-135M once. From the third layer on
 built from the layer's own post-RoPE keys through the library's packed state, calibrated by queries
 before the last 512 positions, and asked for the best k tokens of 32 queries in those last 512. No
 sinks, no recents: selection alone, once a KV head by the mean of softmax over the group. Refined is
-out of four times as many candidates.
+out of four times as many candidates. Bytes are those scanned and held of a token and KV head, and
+those read of a candidate.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bench.options import BYTES, index_bytes
 from bench.rows import save, table
 from fierpatch import ops
 from fierpatch.evaluate import smollm2
@@ -48,14 +50,14 @@ def main(arguments: list[str]) -> None:
     text = persuasion()[20_000:]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : options.tokens].to(model.device)
     rows = measure(model, ids)
-    print(table(rows, ["index", "bytes_per_token", *[f"k{k}" for k in BUDGETS]]))
+    print(table(rows, ["index", *BYTES, *[f"k{k}" for k in BUDGETS]]))
     print("saved", save("attention_mass", options.device, rows))
 
 
 def measure(model: Any, ids: Tensor) -> list[dict[str, Any]]:
     """Rows of attention mass, mean over layers, KV heads and queries."""
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(BUDGETS), dtype=torch.float64))
-    sizes: dict[str, float] = {}
+    sizes: dict[str, dict[str, float]] = {}
     layers = 0
 
     def capture(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
@@ -75,7 +77,7 @@ def measure(model: Any, ids: Tensor) -> list[dict[str, Any]]:
     return [
         {
             "index": name,
-            "bytes_per_token": sizes[name],
+            **sizes[name],
             **{f"k{k}": (sums[name][i] / layers).item() for i, k in enumerate(BUDGETS)},
             "tokens": ids.shape[1],
             "layers": layers,
@@ -84,8 +86,8 @@ def measure(model: Any, ids: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
-    """For each index its name, the mass at every budget, and its bytes a token and KV head."""
+def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, dict[str, float]]]:
+    """For each index its name, the mass at every budget, and the columns `BYTES`."""
     _, _, length, head_dim = query.shape
     num_kv_heads, scale = key.shape[1], head_dim**-0.5
     positions = torch.arange(length - 512, length, 16, device=query.device)
@@ -95,7 +97,7 @@ def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
     exact = asked.float().unflatten(1, (num_kv_heads, -1)) @ key.float().mT.unsqueeze(2)
     exact = exact.flatten(1, 2)
     weights = (exact * scale).masked_fill(~visible, -torch.inf).softmax(-1)
-    candidates: list[tuple[str, Tensor, float]] = [("exact", exact, 2.0 * head_dim)]
+    candidates = [("exact", exact, scanned_whole(2.0 * head_dim))]
     for name, index in (
         ("rotated 2 bits", RotatedIndex(head_dim, bits=2)),
         ("rotated 1 bit", RotatedIndex(head_dim)),
@@ -107,8 +109,8 @@ def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
         by = None if "not balanced" in name else calibration
         state = ops.build_index(index, key, query=by)
         scores = ops.index_scores(index, state, asked, length)
-        candidates.append((name, scores, index.bytes_per_token))
-    candidates.append(("quest p16", quest_scores(asked, key), head_dim / 4))
+        candidates.append((name, scores, index_bytes(index)))
+    candidates.append(("quest p16", quest_scores(asked, key), scanned_whole(head_dim / 4)))
     results = []
 
     def masses_of(choose: Callable[[int], Tensor]) -> Tensor:
@@ -124,7 +126,7 @@ def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
         ).masked_fill(~visible, -torch.inf)
         results.append((name, masses_of(partial(top_k, priority)), size))
 
-    def refined(refine_bits: int) -> tuple[str, Tensor, float]:
+    def refined(refine_bits: int) -> tuple[str, Tensor, dict[str, float]]:
         """By codes of so many bits, or by the keys for 0."""
         index = RotatedIndex(head_dim, refine_bits=refine_bits)
         state = ops.build_index(index, key, query=calibration)
@@ -137,9 +139,15 @@ def layer_masses(query: Tensor, key: Tensor) -> list[tuple[str, Tensor, float]]:
             )  # fmt: skip
 
         by = f"{refine_bits} bits" if refine_bits else "keys"
-        return f"1 bit, refined by {by}", masses_of(choose), index.bytes_per_token
+        size = index_bytes(index, by_keys=not refine_bits)
+        return f"1 bit, refined by {by}", masses_of(choose), size
 
     return results + [refined(refine_bits) for refine_bits in (2, 3, 4, 0)]
+
+
+def scanned_whole(size: float) -> dict[str, float]:
+    """The columns `BYTES` of what is read for every token, all of it."""
+    return dict(zip(BYTES, (size, 0.0, size), strict=True))
 
 
 def quest_scores(query: Tensor, key: Tensor, page_size: int = 16) -> Tensor:

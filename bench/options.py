@@ -9,10 +9,12 @@ from typing import Any
 
 from bench.prompts import INDEXES
 from fierpatch import FierConfig
+from fierpatch.index import KeyIndex
 
 _NAMES = ("index", "bits", "refine", "refine_bits")
 _TRIED = ("dense_layers", "sinks", "recent")
 TRIAL = ["index", *_TRIED, "budget"]  # columns that say what was tried
+BYTES = ["scanned_bytes", "refined_bytes", "bytes_per_token"]  # columns of `index_bytes`
 
 
 def add_index(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,19 @@ def trials(options: argparse.Namespace) -> list[tuple[str, FierConfig]]:
 def trial_columns(name: str, settings: FierConfig | None) -> dict[str, Any]:
     """The columns `TRIAL` of a row; the dense model has no settings."""
     return {"index": name} | {column: getattr(settings, column, None) for column in TRIAL[1:]}
+
+
+def index_bytes(index: KeyIndex, *, by_keys: bool = False) -> dict[str, float]:
+    """The columns `BYTES` of a row: bytes of a KV head that are scanned, refined and held.
+
+    Scanned and held are of every token, refined of every candidate. `by_keys` says that candidates
+    are scored again by their keys, of 16 bits a channel, which no index holds.
+    """
+    return {
+        "scanned_bytes": index.scanned_bytes_per_token,
+        "refined_bytes": 2.0 * index.head_dim if by_keys else index.refined_bytes_per_token,
+        "bytes_per_token": index.bytes_per_token,
+    }
 
 
 def _bits(text: str) -> int | str:

@@ -3,7 +3,7 @@
 SmolLM2-135M reads 1,024 tokens of *Persuasion*, 1,024 more, and then the first 1,024 again. The
 first two parts are a dense prefill shared by all settings; the copy is decoded through retrieval
 with the true tokens fed back. Perplexity of the copy, and the KL divergence of every prediction
-from dense.
+from dense. Bytes are those scanned and held of a token and KV head, and those read of a candidate.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import fierpatch
-from bench.options import TRIAL, add_trial, trial_columns, trials
+from bench.options import BYTES, TRIAL, add_trial, index_bytes, trial_columns, trials
 from bench.prompts import prefill
 from bench.rows import save, table
 from fierpatch import FierConfig
 from fierpatch.evaluate import metrics, smollm2, tasks
 from fierpatch.evaluate.texts import persuasion
 from fierpatch.hf.checkpoints import load
+from fierpatch.ops.operators import layer_index
 
 
 def main(arguments: list[str]) -> None:
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> None:
     with torch.inference_mode():
         dense = predictions(model, prompt.cache_for(model, FierConfig()), prompt, targets, 256)
     base = metrics.perplexity(dense, targets)
+    head_dim = next(iter(prompt.cache.stores.values())).keys.shape[3]
     rows: list[dict[str, Any]] = [
         {"index": "dense", "perplexity": base, "over_dense": 0.0, "kl": 0.0}
     ]
@@ -57,6 +59,7 @@ def main(arguments: list[str]) -> None:
         rows.append(
             {
                 **trial_columns(name, settings),
+                **index_bytes(layer_index(settings, head_dim), by_keys=settings.refines_by_keys),
                 "perplexity": perplexity,
                 "over_dense": perplexity / base - 1,
                 "kl": metrics.logit_kl(dense, logits),
@@ -65,7 +68,7 @@ def main(arguments: list[str]) -> None:
         print(rows[-1], flush=True)
     for row in rows:
         row |= {"tokens": options.tokens, "gap": options.gap, "step": options.step}
-    print(table(rows, [*TRIAL, "perplexity", "over_dense", "kl"]))
+    print(table(rows, [*TRIAL, *BYTES, "perplexity", "over_dense", "kl"]))
     print("saved", save("second_copy", options.device, rows, options.output))
 
 

@@ -140,6 +140,39 @@ def select_tokens(
     return chosen + [-1] * (min(budget, len(priority)) - len(chosen))
 
 
+def two_stages(
+    first: Array,
+    second: Array,
+    visible: BoolArray,
+    *,
+    num_lists: int,
+    budget: int,
+    refine: int,
+    sinks: int,
+    recent: int,
+    scale: float,
+) -> NDArray[np.int64]:
+    """Lists ``[B, lists, T, min(budget, S)]`` where candidates by `first` are scored by `second`.
+
+    Both are ``[B, Hq, T, S]``, `visible` ``[B, 1, T, S]``. A list serves ``Hq / lists`` heads by
+    the mean of their softmax, of candidates at temperature 2; ties go to the lowest position.
+    """
+    batch_size, num_query_heads, num_queries, length = first.shape
+    group = num_query_heads // num_lists
+    lists = np.full((batch_size, num_lists, num_queries, min(budget, length)), -1)
+    for b, n, t in np.ndindex(lists.shape[:3]):
+        tokens = np.flatnonzero(visible[b, 0, t])
+        kept = [*tokens[:sinks], *tokens[max(len(tokens) - recent, 0) :]]
+        for scores, size, temperature in ((first, refine * budget, 2), (second, budget, 1)):
+            logits = scores[b, n * group : (n + 1) * group, t][:, tokens] * scale / temperature
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+            weights /= weights.sum(axis=1, keepdims=True)
+            order = np.lexsort((tokens, -weights.mean(axis=0), ~np.isin(tokens, kept)))
+            tokens = np.sort(tokens[order[:size]])
+        lists[b, n, t, : len(tokens)] = tokens
+    return lists
+
+
 def _softmax(logits: Array, sink: float | None) -> Array:
     highest = max([*logits, *([] if sink is None else [sink])])
     exponentials = np.exp(logits - highest)

@@ -21,6 +21,7 @@ from fierpatch.reference import gather_attention
 pytest.importorskip("bench", reason="the benches are in the checkout alone: python -m pytest")
 
 from bench import (
+    attention_mass,
     decode,
     flex,
     flex_prefill,
@@ -37,7 +38,7 @@ from bench import (
 )
 from bench import prefill as bench_prefill
 from bench.hot_set import EMPTY, HotSet
-from bench.options import add_trial, trials
+from bench.options import BYTES, add_trial, trials
 from bench.peers import dense
 from bench.prompts import prefill
 from bench.rows import read, save, table
@@ -611,3 +612,39 @@ def test_a_bench_of_quality_has_a_row_for_dense_and_one_for_every_trial(
         ("fier", 4, 1),
     ]
     assert all(row[figure] >= 0 for row in rows)
+
+
+def test_trials_of_the_second_copy_say_what_they_scan_refine_and_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    monkeypatch.setattr(second_copy, "load", lambda *args, **options: (model, Bytes()))
+    path = tmp_path / "rows.jsonl"
+    command = ["--model", "none", "--tokens", "100", "--gap", "100", "--budget", "40", "--only"]
+    command += ["rotated 1 bit", "fier", "1 bit, refined by 4", "keys", "--output", str(path)]
+    second_copy.main([*command, "--step", "8"])
+    head_dim = model.config.head_dim
+    bits, keys, scale = head_dim / 8, 2 * head_dim, 2
+    one_bit = bits + scale + keys / 128
+    assert [[row.get(name) for name in BYTES] for row in read(path)] == [
+        [None, None, None],
+        [one_bit, 0, one_bit],
+        [bits + 2 * keys / 32, 0, bits + 2 * keys / 32],
+        [one_bit, 4 * bits + 1 + scale, one_bit + 3 * bits + 1],
+        [one_bit, keys, one_bit],
+    ]
+
+
+def test_the_mass_of_every_index_has_the_bytes_it_scans_refines_and_holds_beside_it() -> None:
+    query, key = torch.randn(1, 4, 1100, 64), torch.randn(1, 2, 1100, 64)
+    sizes = {}
+    for name, masses, columns in attention_mass.layer_masses(query, key):
+        assert masses.shape == (len(attention_mass.BUDGETS),)
+        assert list(columns) == BYTES
+        sizes[name] = tuple(columns.values())
+    assert sizes["exact"] == (128, 0, 128)
+    assert sizes["rotated 1 bit"] == (11, 0, 11)
+    assert sizes["rotated 2 bits"] == (19, 0, 19)
+    assert sizes["fier g32"] == (16, 0, 16)
+    assert sizes["quest p16"] == (16, 0, 16)
+    assert sizes["1 bit, refined by 4 bits"] == (11, 35, 36)
+    assert sizes["1 bit, refined by keys"] == (11, 128, 11)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from strategies import (
     channel_offsets,
     gaussian,
     indexes,
+    masks,
     problems,
     seeds,
     shapes,
@@ -367,6 +370,95 @@ def test_a_refined_selection_is_that_of_two_stages(
     assert (lists <= is_candidate.numpy()).all()
     weights = scores.mul(scale).softmax(-1).numpy()
     assert np.abs((weights * lists).sum(-1) - (weights * others).sum(-1)).max() <= 1e-5
+
+
+@dataclass(frozen=True)
+class GivenScores:
+    """Stands in for an index: scores ``[rows, S]`` by the row that a query's channel 0 names."""
+
+    first: Tensor
+    second: Tensor
+    candidate_margin: float = 1.5
+
+    def scores(self, state: list[Tensor], query: Tensor, length: int, *, margin: float) -> Tensor:
+        assert (length, margin) == (self.first.shape[1], self.candidate_margin)
+        return self.first[query[..., 0].long()]
+
+    def refined_scores(self, state: list[Tensor], query: Tensor, tokens: Tensor) -> Tensor:
+        every = self.second[query[..., 0].long()]  # [B, H, R, G, S]
+        return every.gather(4, tokens.unsqueeze(3).expand(*every.shape[:4], -1))
+
+
+def scores_with_ties(shape: tuple[int, ...], num_kinds: int, generator: torch.Generator) -> Tensor:
+    """Float64 ``[B, Hq, T, S]`` where tokens of a kind are equal for every head."""
+    kinds = 3 * torch.randn(*shape[:3], num_kinds, generator=generator, dtype=torch.float64)
+    of_tokens = torch.randperm(shape[3], generator=generator) % num_kinds
+    return kinds[..., of_tokens]
+
+
+@given(
+    shape=shapes(longest=150, head_dims=(8,)),
+    how=st.sampled_from(("KV head", "query head", "query head, by keys")),
+    data=st.data(),
+    window=st.tuples(st.integers(0, 6), st.integers(1, 6)),
+    beyond=st.integers(0, 20) | st.integers(0, 200),
+    refine=st.integers(2, 6),
+    scale=st.sampled_from((0.3, 1.0)),
+    seed=seeds(),
+)
+def test_a_refined_selection_is_that_of_twenty_lines_of_numpy(
+    shape: Shape,
+    how: str,
+    data: st.DataObject,
+    window: tuple[int, int],
+    beyond: int,
+    refine: int,
+    scale: float,
+    seed: int,
+) -> None:
+    """Token for token and tie for tie, whatever the two scorings say and whoever sees what."""
+    generator = torch.Generator().manual_seed(seed)
+    visible = data.draw(masks(shape.batch_size, shape.num_queries, shape.length))
+    rows, size = shape.query[:3], (*shape.query[:3], shape.length)
+    # More than four terms are not always added up in one order, which would undo a tie of means.
+    is_tied = how != "KV head" or shape.num_groups <= 4
+    num_kinds = st.integers(1, shape.length) if is_tied else st.just(shape.length)
+    first, second = (scores_with_ties(size, data.draw(num_kinds), generator) for _ in "12")
+    query = torch.arange(math.prod(rows)).view(*rows, 1).float()
+    keys = None
+    if how.endswith("keys"):
+        # Whole numbers, whose products are exact; that of channel 0 is 0.
+        query, keys = (
+            torch.randint(-2, 3, axes, generator=generator).float()
+            for axes in (shape.query, shape.keys)
+        )
+        query[..., 0], keys[..., 0] = torch.arange(math.prod(rows)).view(rows), 0
+        every = keys.double().repeat_interleave(shape.num_groups, 1)
+        second = query.double() @ every.transpose(2, 3)
+    index: Any = GivenScores(first.flatten(0, 2), second.flatten(0, 2))
+    sinks, recent = window
+    rest: dict[str, Any] = {"budget": sinks + recent + beyond, "refine": refine, "scale": scale}
+    rest |= {"sinks": sinks, "recent": recent}
+    found = reference.select_from_index(
+        index,
+        [torch.empty(shape.keys)],
+        query,
+        shape.length,
+        per_query_head=how != "KV head",
+        visible=visible,
+        keys=keys,
+        **rest,
+    )
+    if visible is None:
+        visible = causal_visible(shape.num_queries, shape.length, query.device)
+    expected = oracles.two_stages(
+        first.numpy(),
+        second.numpy(),
+        visible.expand(shape.batch_size, 1, shape.num_queries, shape.length).numpy(),
+        num_lists=shape.num_kv_heads if how == "KV head" else rows[1],
+        **rest,
+    )
+    assert found.tolist() == expected.tolist()
 
 
 @given(

@@ -18,6 +18,7 @@ from fierpatch.hf.decoding import Bookmark, eos_token_ids, next_logits
 from fierpatch.hf.support import max_positions, unwrap
 from fierpatch.ops import attention_mass
 from fierpatch.patching import Handle, apply, current_handle
+from fierpatch.report import Report, describe
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Verification:
 
     Attributes:
         tokens: tokens of the prompt, of the longest one in a batch.
-        budget: tokens that a KV head and step may attend.
+        config: the settings compared, with `compile` left out.
+        report: what the last patched step reads and what is held, by layer.
         tokens_attended: the most that any did attend; 0 where no layer is sparse.
         token_agreement: share of decode steps whose best token is that of the dense model.
         kl: mean of ``KL(dense || patched)`` of the next token over decode steps, nats.
@@ -38,7 +40,8 @@ class Verification:
     """
 
     tokens: int
-    budget: int
+    config: FierConfig
+    report: Report
     tokens_attended: int
     token_agreement: float
     kl: float
@@ -47,10 +50,17 @@ class Verification:
     step_agreement: tuple[float, ...]
     step_kl: tuple[float, ...]
 
+    @property
+    def budget(self) -> int:
+        """Tokens that a KV head and step may attend."""
+        return self.config.budget
+
     def __str__(self) -> str:
         lines = [
             f"{len(self.step_kl)} decode steps after {self.tokens} tokens, "
             f"{self.tokens_attended} attended (budget {self.budget})",
+            f"selected by      {describe(self.config)}",
+            f"bytes read       {self.report.reading}",
             f"token agreement  {self.token_agreement:.1%}",
             f"KL               {self.kl:.4f} nats a token, at most {self.max_kl:.4f}",
         ]
@@ -158,7 +168,8 @@ def _compare(
         agrees.append((expected.argmax(-1) == given.argmax(-1))[rows].tolist())
     return Verification(
         tokens=int(prompt_mask.sum(-1).max()),
-        budget=settings.budget,
+        config=settings,
+        report=handle.report(cache),
         tokens_attended=meter.tokens_attended,
         token_agreement=_mean([agree for step_agrees in agrees for agree in step_agrees]),
         kl=_mean([nats for step_kl in kl for nats in step_kl]),

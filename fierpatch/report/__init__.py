@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fierpatch.report.layers import describe
 from fierpatch.report.run import estimate, report
 from fierpatch.report.table import LayerReport, Report
 
-__all__ = ["LayerReport", "Report", "estimate", "report"]
+__all__ = ["LayerReport", "Report", "describe", "estimate", "report"]

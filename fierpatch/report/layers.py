@@ -49,8 +49,7 @@ def layer_report(
     dense = shape.heads * seen * (key_row + value_row)
     if layer.kind == "full" and number >= settings.dense_layers:
         kind = "sparse"
-        lists = f"one list a {'query' if settings.per_query_head else 'KV'} head"
-        reason = f"{settings.index} index, {settings.bits} bit, {_refined(settings)}{lists}"
+        reason = describe(settings)
         attended = min(settings.budget, length)
         # With a list a query head, each KV head's rows are read by every list of its group.
         num_lists = layer.num_query_heads // layer.num_kv_heads if settings.per_query_head else 1
@@ -58,11 +57,14 @@ def layer_report(
         index = layer_index(settings, layer.head_dim)
         again = key_row if settings.refines_by_keys else index.refined_bytes_per_token
         candidates = num_lists * min(settings.refine * settings.budget, length)
-        scanned = length * index.scanned_bytes_per_token + candidates * again
-        read = round(shape.heads * (scanned + gathered * (key_row + value_row)))
-        ratio = (scanned + gathered * key_row) / (length * key_row) if length * key_row else 1.0
+        scanned, refined = length * index.scanned_bytes_per_token, candidates * again
+        keys = length * key_row
+        ratio = (scanned + refined + gathered * key_row) / keys if keys else 1.0
+        read = scanned, refined, gathered * (key_row + value_row)
+        scanned_bytes, refined_bytes, attended_bytes = (round(shape.heads * x) for x in read)
     else:
-        attended, read, ratio = seen, dense, 1.0
+        attended, ratio = seen, 1.0
+        scanned_bytes, refined_bytes, attended_bytes = 0, 0, dense
         if layer.kind == "full":
             kind, reason = "dense", f"one of the first dense_layers={settings.dense_layers}"
         elif layer.kind == "sliding":
@@ -75,7 +77,9 @@ def layer_report(
         reason,
         length,
         attended,
-        read,
+        scanned_bytes,
+        refined_bytes,
+        attended_bytes,
         dense,
         shape.kv_bytes,
         shape.index_bytes,
@@ -84,11 +88,14 @@ def layer_report(
     )
 
 
-def _refined(settings: FierConfig) -> str:
-    if not settings.refine:
-        return ""
-    by = "the keys" if settings.refines_by_keys else f"{settings.code_bits} bits"
-    return f"{settings.refine} x refined by {by}, "
+def describe(settings: FierConfig) -> str:
+    """How sparse layers select: by which index, refined by what, and for which heads."""
+    parts = [f"{settings.index} index", f"{settings.bits} bit"]
+    if settings.refine:
+        by = "the keys" if settings.refines_by_keys else f"{settings.code_bits} bits"
+        parts.append(f"{settings.refine} x refined by {by}")
+    parts.append(f"one list a {'query' if settings.per_query_head else 'KV'} head")
+    return ", ".join(parts)
 
 
 def tokens_seen(layer: LayerLayout, length: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+_UNITS = ("B", "KiB", "MiB", "GiB")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -18,7 +20,9 @@ class LayerReport:
         reason: why it is of that kind.
         tokens: tokens stored, a row of the batch.
         tokens_attended: tokens attended by a KV head in one decode step.
-        bytes_read: bytes of index, K and V that one decode step reads.
+        bytes_scanned: bytes of index that one decode step reads to score every token.
+        bytes_refined: bytes of codes, or of keys, that it reads to score candidates again.
+        bytes_attended: bytes of K and V that it attends to.
         bytes_read_dense: bytes that dense attention would read.
         kv_bytes: bytes held for K and V, wherever they are.
         host_bytes: of these, bytes held on the host.
@@ -31,8 +35,8 @@ class LayerReport:
         bytes_fetched: bytes that a step fetched from the host, ahead or not, the mean over steps.
         prefetch_accuracy: share of what prefetches asked for that was selected then; None where
             there was no prefetch.
-        backend: what ran a sparse layer, ``"reference"`` or ``"triton"``; empty for others, before
-            a run and in an estimate.
+        backend: what ran a sparse layer, ``"reference"``, ``"triton"`` or ``"flex"``; empty for
+            others, before a run and in an estimate.
     """
 
     number: int
@@ -40,7 +44,9 @@ class LayerReport:
     reason: str
     tokens: int
     tokens_attended: int
-    bytes_read: int
+    bytes_scanned: int
+    bytes_refined: int
+    bytes_attended: int
     bytes_read_dense: int
     kv_bytes: int
     index_bytes: int
@@ -51,6 +57,11 @@ class LayerReport:
     hit_rate: float | None = None
     bytes_fetched: float = 0.0
     prefetch_accuracy: float | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that one decode step reads: scanned, refined and attended."""
+        return self.bytes_scanned + self.bytes_refined + self.bytes_attended
 
 
 @dataclass(frozen=True)
@@ -97,14 +108,47 @@ class Report:
         return sum(layer.index_bytes for layer in self.layers)
 
     @property
+    def bytes_scanned(self) -> int:
+        """Bytes of index that one decode step reads to score every token."""
+        return sum(layer.bytes_scanned for layer in self.layers)
+
+    @property
+    def bytes_refined(self) -> int:
+        """Bytes of codes, or of keys, that it reads to score candidates again."""
+        return sum(layer.bytes_refined for layer in self.layers)
+
+    @property
+    def bytes_attended(self) -> int:
+        """Bytes of K and V that it attends to."""
+        return sum(layer.bytes_attended for layer in self.layers)
+
+    @property
     def bytes_read(self) -> int:
-        """Bytes that one decode step reads of index, K and V."""
+        """Bytes that one decode step reads: scanned, refined and attended."""
         return sum(layer.bytes_read for layer in self.layers)
 
     @property
     def bytes_read_dense(self) -> int:
         """Bytes of K and V that one dense decode step would read."""
         return sum(layer.bytes_read_dense for layer in self.layers)
+
+    @property
+    def read_fraction(self) -> float:
+        """Bytes that one decode step reads over those of a dense one; 1 where nothing is stored."""
+        return self.bytes_read / self.bytes_read_dense if self.bytes_read_dense else 1.0
+
+    @property
+    def reading(self) -> str:
+        """What one decode step reads, in words; in parts, of one unit, where not all is K and V."""
+        parts = (
+            (self.bytes_scanned, "scanned"),
+            (self.bytes_refined, "refined"),
+            (self.bytes_attended, "attended"),
+        )
+        unit = _unit(self.bytes_read)
+        named = ", ".join(f"{_in_unit(size, unit)} {what}" for size, what in parts if size)
+        shown = f" ({named})" if self.bytes_read > self.bytes_attended else ""
+        return f"{_readable(self.bytes_read)} a step{shown}, {self.read_fraction:.1%} of dense"
 
     @property
     def active_fraction(self) -> float:
@@ -144,10 +188,9 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             for row in rows
         ]
-        saved = self.bytes_read / self.bytes_read_dense if self.bytes_read_dense else 1.0
         lines.append(
-            f"total: reads {_readable(self.bytes_read)} a step, {saved:.1%} of dense; holds "
-            f"{_readable(self.kv_bytes)} of KV and {_readable(self.index_bytes)} of index"
+            f"total: reads {self.reading}; holds {_readable(self.kv_bytes)} of KV and "
+            f"{_readable(self.index_bytes)} of index"
         )
         if self.host_bytes:
             line = f"offload: {_readable(self.host_bytes)} of KV on the host, "
@@ -173,9 +216,16 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _readable(num_bytes: float) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+    unit = _unit(num_bytes)
+    return f"{_in_unit(num_bytes, unit)} {_UNITS[unit]}"
+
+
+def _unit(num_bytes: float) -> int:
+    """The number among `_UNITS` of that which shows so many bytes best."""
+    largest = len(_UNITS) - 1
+    return next((unit for unit in range(largest) if num_bytes < 1024 ** (unit + 1)), largest)
+
+
+def _in_unit(num_bytes: float, unit: int) -> str:
+    decimals = (0, 1, 1, 2)[unit]
+    return f"{num_bytes / 1024**unit:.{decimals}f}"

@@ -233,6 +233,41 @@ def test_printing_tells_the_essentials() -> None:
     assert "4 sparse layers" in str(result)
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "rotated index, 1 bit, one list a KV head"),
+        ({"bits": 2, "per_query_head": True}, "rotated index, 2 bit, one list a query head"),
+        ({"index": "fier"}, "fier index, 1 bit, one list a KV head"),
+        ({"refine": 2}, "rotated index, 1 bit, 2 x refined by 4 bits, one list a KV head"),
+        (
+            {"refine": 3, "refine_bits": "exact"},
+            "rotated index, 1 bit, 3 x refined by the keys, one list a KV head",
+        ),
+    ],
+)
+def test_the_settings_and_the_bytes_of_a_step_are_told(options: dict[str, Any], line: str) -> None:
+    """The bytes are those of the report of a run as long."""
+    model, text = model_of(), a_text(150)
+    result = verify(model, byte_tokenizer(), text, budget=24, dense_layers=1, **options)
+    assert result.config == FierConfig(budget=24, dense_layers=1, **options)
+    estimate = fierpatch.estimate(model, 156, settings=result.config)
+    assert result.report.bytes_read == estimate.bytes_read < estimate.bytes_read_dense
+    assert result.report.bytes_scanned == estimate.bytes_scanned > 0
+    assert (result.report.bytes_refined > 0) == ("refine" in options)
+    lines = str(result).splitlines()
+    assert f"selected by      {line}" in lines
+    assert f"bytes read       {estimate.reading}" in lines
+    assert f"{estimate.read_fraction:.1%} of dense" in estimate.reading
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_verification_without_a_sparse_layer_reads_what_dense_decode_reads() -> None:
+    result = verify(model_of(), byte_tokenizer(), a_text(150), budget=48, dense_layers=4)
+    assert result.report.read_fraction == 1
+    assert "a step, 100.0% of dense" in str(result)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [FULL, SMALL])
 def test_a_gpu_gives_what_the_cpu_gives(options: dict[str, int]) -> None:

@@ -275,12 +275,46 @@ def test_a_step_reads_the_index_and_the_budget_of_a_sparse_layer(
     assert sliding.tokens_attended == WINDOW
     scanned = 200 * (16 / 8 + 2 + 2 * 16 / 128)  # bits, a scale, a share of the group's centre
     lists = groups if per_query_head else 1
-    scanned += lists * 100 * again
-    assert sparse.bytes_read == heads * (scanned + lists * 50 * row)
+    refined = lists * 100 * again
+    assert sparse.bytes_scanned == heads * scanned
+    assert sparse.bytes_refined == heads * refined
+    assert sparse.bytes_attended == heads * lists * 50 * row
+    assert sparse.bytes_read == heads * (scanned + refined + lists * 50 * row)
     assert sparse.bytes_read_dense == dense.bytes_read == heads * 200 * row
     assert sliding.bytes_read == sliding.bytes_read_dense == heads * WINDOW * row
-    assert sparse.key_access_ratio == (scanned + lists * 50 * row / 2) / (200 * row / 2)
+    for layer in (dense, sliding):
+        assert (layer.bytes_scanned, layer.bytes_refined) == (0, 0)
+        assert layer.bytes_attended == layer.bytes_read
+    keys_read = scanned + refined + lists * 50 * row / 2
+    assert sparse.key_access_ratio == keys_read / (200 * row / 2)
     assert report.active_fraction == 50 / 200
+
+
+@given(
+    context=st.integers(1, 5000),
+    batch=st.integers(1, 3),
+    index=INDEXES,
+    dense_layers=st.integers(0, 5),
+    family=st.sampled_from(("llama", "qwen3", "gemma3")),
+)
+def test_what_a_step_reads_is_what_it_scans_refines_and_attends(
+    context: int, batch: int, index: dict[str, Any], dense_layers: int, family: str
+) -> None:
+    """Layer by layer and in all; only sparse layers scan, and only with refine are keys refined."""
+    options = {"budget": 64, "dense_layers": dense_layers, **index}
+    report = fierpatch.estimate(tiny_config(family), context, batch, **options)
+    for found in (report, *report.layers):
+        parts = found.bytes_scanned, found.bytes_refined, found.bytes_attended
+        assert sum(parts) == found.bytes_read
+    for name in ("scanned", "refined", "attended", "read"):
+        sizes = [getattr(layer, f"bytes_{name}") for layer in report.layers]
+        assert sum(sizes) == getattr(report, f"bytes_{name}")
+    for layer in report.layers:
+        is_sparse = layer.kind == "sparse"
+        assert (layer.bytes_scanned > 0) == is_sparse
+        assert (layer.bytes_refined > 0) == (is_sparse and "refine" in index)
+        assert layer.bytes_attended <= layer.bytes_read_dense
+        assert is_sparse or layer.bytes_attended == layer.bytes_read_dense
 
 
 @given(
@@ -400,6 +434,31 @@ def test_a_bad_estimate_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         fierpatch.estimate(tiny_config("llama"), *arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        # 2 layers x 2 heads x 1,000 tokens x 4.25 bytes; 64 rows there and 1,000 in two dense
+        # layers; 256 candidates by 11 bytes or by keys of 32.
+        ({}, " (16.6 scanned, 266.0 attended)"),
+        ({"refine": 4}, " (16.6 scanned, 11.0 refined, 266.0 attended)"),
+        (
+            {"refine": 4, "refine_bits": "exact"},
+            " (16.6 scanned, 32.0 refined, 266.0 attended)",
+        ),
+        ({"dense_layers": 4}, ""),
+    ],
+    ids=["one bit", "codes", "keys", "dense"],
+)
+def test_a_table_says_what_is_scanned_refined_and_attended(
+    options: dict[str, Any], parts: str
+) -> None:
+    report = fierpatch.estimate(tiny_config("llama"), 1000, budget=64, **options)
+    total = str(report).splitlines()[-1]
+    size = f"{report.bytes_read / 1024:.1f} KiB"
+    share = f"{report.bytes_read / (4 * 2 * 1000 * 64):.1%}"
+    assert total.startswith(f"total: reads {size} a step{parts}, {share} of dense; holds ")
 
 
 def test_printed_layers_of_a_kind_share_a_line() -> None:
