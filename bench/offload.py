@@ -217,8 +217,8 @@ def prefills(
 def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of the weights of four layers, alone and beside a gather of 4 MiB for each.
 
-    It begins and ends where that of a prefetch does: before the MLP, and before the attention of
-    the layer after.
+    One linear layer after the other, as the model has them. The gather begins and ends where that
+    of a prefetch does: before the MLP, and before the attention of the layer after.
     """
     from fierpatch.kernels import residency
     from fierpatch.kernels.ahead import side_stream
@@ -229,8 +229,10 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
     width = 2 * hidden // sizes["num_attention_heads"]
     heads, context, budget = sizes["num_key_value_heads"], 65_536, 1024
     dtype = torch.bfloat16
-    kv = heads * width
-    shapes = [(hidden + kv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    kv = heads * width // 2
+    attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    shapes = [*attention, *mlp]
     weights = [
         [torch.randn(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(layers)
     ]
@@ -250,13 +252,14 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
         main = torch.cuda.current_stream(device)
         for number, layer in enumerate(weights):
             for place, matrix in enumerate(layer):
-                if with_gather and place == 2:
+                if with_gather and place == len(attention):
                     side.wait_stream(main)
                     with torch.cuda.stream(side):
                         residency.fetch(hot, placed, lists, length, paired)
                 if with_weights:
-                    torch.nn.functional.linear(wide if place == 3 else token, matrix)
-                if with_gather and place == 0 and number:
+                    wanted = wide if matrix.shape[1] == inner else token
+                    torch.nn.functional.linear(wanted, matrix)
+                if with_gather and place == 2 and number:
                     main.wait_stream(side)
         if with_gather:
             main.wait_stream(side)
