@@ -63,8 +63,8 @@ class FierConfig:
             budget, with which some 90 % of what a step selects needs no fetching.
         prefetch: fetch ahead what the next layer will probably select, on a stream of its own; the
             result does not depend on it. For `offload`, where steps select mostly other tokens than
-            the last one: where a layer's last step had to fetch less than some fifth of its tokens,
-            a second scan of the index would cost more than it saves, and is left out.
+            the last one: where a layer's last step had to fetch less than 30 % of its tokens, a
+            second scan of the index would cost more than it saves, and is left out.
         backend: which implementation of the operators runs: ``"triton"`` (kernels, on CUDA),
             ``"reference"`` (plain PyTorch, anywhere), ``"auto"`` (Triton where it can run), or
             ``"flex"``: as ``"auto"``, but for the attention, which is FlexAttention's; not with

@@ -68,7 +68,13 @@ def attention_weights(
     if visible is not None:
         # A row that sees nothing has no softmax.
         weights = weights.masked_fill(~visible, 0.0)
-    return weights.unflatten(1, (num_kv_heads, -1)).mean(2)
+    first, *rest = weights.unflatten(1, (num_kv_heads, -1)).unbind(2)
+    # One after the other: `mean` adds in an order that depends on where a token is, and equal
+    # weights would come out unequal.
+    total = first.clone()
+    for head in rest:
+        total += head
+    return total / (1 + len(rest))
 
 
 def select_tokens(
