@@ -258,6 +258,20 @@ def test_weights_are_the_mean_softmax_of_the_group(
         assert ((weights.sum(-1) - sees.double()).abs() <= 1e-13).all()
 
 
+@given(num_groups=st.integers(1, 16), length=lengths(longest=300), seed=seeds())
+@example(num_groups=6, length=33, seed=0)
+def test_equal_scores_weigh_the_same_wherever_they_are(
+    num_groups: int, length: int, seed: int
+) -> None:
+    """To the last bit: else how a sum is vectorized would decide, and not the place of a token."""
+    scores = torch.randn(1, num_groups, 1, 1, generator=torch.Generator().manual_seed(seed))
+    sink = torch.randn(num_groups, generator=torch.Generator().manual_seed(seed + 1))
+    weights = attention_weights(
+        scores.repeat(1, 1, 1, length), num_kv_heads=1, scale=1.0, sink_logits=sink
+    )
+    assert (weights == weights[..., :1]).all()
+
+
 @given(case=scored(), options=options, budget=budgets(), per_query_head=st.booleans())
 def test_selecting_from_scores_equals_weights_then_a_sort(
     case: tuple[Tensor, int, Tensor | None],
