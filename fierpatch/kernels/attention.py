@@ -359,12 +359,10 @@ def _attend(
     if hot is None or token_indices is None:
         launch(None, None)
     else:
-        # Right before the attention: what has a place has to come.
-        place, left = residency.place(hot, token_indices)
         try:
-            launch(place, left)
+            launch(*residency.place(hot, token_indices))
         except BaseException:
-            hot.clear()
+            hot.clear()  # what has a place may not have come
             raise
     return output
 

@@ -31,7 +31,9 @@ class LayerReport:
         index_bytes: bytes held for the index.
         key_access_ratio: bytes of index and keys read over the bytes of all keys (FIER, section 3).
         hit_rate: share of the tokens selected that needed no fetching, since the cache was made or
-            reset; None where nothing is offloaded, or nothing selected yet.
+            reset; None where nothing is offloaded, or nothing selected yet. Like the two below of
+            steps of one token: longer ones, as assisted decoding has, read all that they select
+            from the host.
         bytes_fetched: bytes that a step fetched from the host, ahead or not, the mean over steps.
         prefetch_accuracy: share of what prefetches asked for that was selected then; None where
             there was no prefetch.
