@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,17 @@ from fierpatch.flex import (
 )
 from flex.cases import Case
 
+FOLDED = Case(2, 2, 3, 5, 71, True, 0)
 
-def check_masks(device: str) -> None:
-    """Folded queries of a chunk see what is before them, no padding, and kept or selected."""
-    case = Case(2, 2, 3, 5, 71, True, 0, device)
-    layout = case.layout
+
+def check_masks(device: str, case: Case = FOLDED) -> None:
+    """Folded queries of a chunk see what is before them, no padding, and kept or selected.
+
+    Masks that change in one compiled graph, for one shape; the values' width is the length.
+    """
+    case = replace(case, device=device)
+    layout, length = case.layout, case.length
+    lead = (case.batch_size, case.num_kv_heads)
 
     def mask_of(words: Tensor, is_token: Tensor, offset: Tensor, first: Tensor) -> Any:
         ends = sinks_and_recent_mask_mod(layout, sinks=3, recent=4, offset=offset, first=first)
@@ -33,20 +40,27 @@ def check_masks(device: str) -> None:
         )
 
     def weights(query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, *rest: Tensor) -> Any:
-        mask = block_mask_of(blocks, mask_of(*rest), seq_lengths=(15, 71), block_size=(128, 16))
+        sizes = (layout.num_rows, length)
+        mask = block_mask_of(blocks, mask_of(*rest), seq_lengths=sizes, block_size=(128, 16))
         return flex_attention(query, keys, values, block_mask=mask)
 
     compiled = torch.compile(weights, fullgraph=True, dynamic=False)
-    values = torch.eye(71, device=device).expand(2, 2, 71, 71).contiguous()
-    for seed, offset in ((0, 40), (1, 66), (2, 0)):
+    values = torch.eye(length, device=device).expand(*lead, length, length).contiguous()
+    last = max(length - case.num_queries, 0)
+    for seed, offset in enumerate((last // 2, last, 0), case.seed):
         generator = torch.Generator().manual_seed(seed)
-        query, keys = (torch.randn(2, 2, n, 16, generator=generator).to(device) for n in (15, 71))
-        words = torch.randint(-(2**31), 2**31, (2, 6, 5, 3), generator=generator).int()
-        first = torch.tensor([0, 9])
-        drawn = (words, torch.arange(71) >= first[:, None], torch.tensor(offset), first)
+        query, keys = (
+            torch.randn(*lead, n, 16, generator=generator).to(device)
+            for n in (layout.num_rows, length)
+        )
+        lists = (case.batch_size, case.num_query_heads, case.num_queries, -(-length // 32))
+        words = torch.randint(-(2**31), 2**31, lists, generator=generator).int()
+        first = torch.randint(0, length // 4 + 1, (case.batch_size,), generator=generator)
+        drawn = (words, torch.arange(length) >= first[:, None], torch.tensor(offset), first)
         rest = tuple(tensor.to(device) for tensor in drawn)
-        cells = case.cells(mask_of(*rest)).unflatten(1, (2, 3)).flatten(2, 3)
-        blocks = torch.nn.functional.pad(cells, (0, 9)).unflatten(3, (5, 16)).any(4).any(2)
+        cells = case.cells(mask_of(*rest)).unflatten(1, (*lead[1:], -1)).flatten(2, 3)
+        padded = torch.nn.functional.pad(cells, (0, -length % 16))
+        blocks = padded.unflatten(3, (-1, 16)).any(4).any(2)
         output = compiled(query, keys, values, blocks[:, :, None], *rest)
         assert torch.equal(output > 0, cells)
 

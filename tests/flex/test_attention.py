@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,8 +27,8 @@ from fierpatch.flex.rows import gather_rows
 from fierpatch.reference import gather_attention, masked_attention
 from fierpatch.select import select
 from flex.attentions import CPU_EXP_ULPS, Attention, assert_near, log_sum_exp
-from flex.cases import LENGTHS, Case, lists_as_cells
-from flex.compiled import check_chunk, check_masks
+from flex.cases import LENGTHS, Case, cases, lists_as_cells
+from flex.compiled import FOLDED, check_chunk, check_masks
 from strategies import TAME, Problem, problems, seeds
 
 MODES: tuple[Mode, ...] = ("mask", "compact")
@@ -247,9 +247,14 @@ def test_a_kernel_reads_the_words_that_were_made_in_its_graph(
     assert torch.equal(output > 0, lists_as_cells(lists, 2, 64).expand(1, 2, 4, 64))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_masks_allow_the_cells_of_their_dense_masks() -> None:
-    check_masks("cpu")
+@settings(max_examples=4)
+@given(case=cases(is_folded=True, longest=129))
+@example(FOLDED)
+def test_compiled_masks_allow_the_cells_of_their_dense_masks(case: Case) -> None:
+    """A compilation each, so few."""
+    torch.compiler.reset()
+    check_masks("cpu", case)
+    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
