@@ -347,7 +347,10 @@ def _attend(
         token_indices is not None and can_start_early(query.device),
     )  # fmt: skip
 
-    def launch(place: Tensor | None, left: Tensor | None) -> None:
+    place, left = None, None
+    try:
+        if hot is not None and token_indices is not None:
+            place, left = residency.place(hot, token_indices)
         specialization.launch(
             (num_rows, splits, 1),
             query, keys, values, token_indices, place, left, hot_rows, row_of, visible,
@@ -355,15 +358,10 @@ def _attend(
             *query.stride()[:3], *strides, num_lists, num_queries, capacity, width,
             0 if hot_rows is None else hot_rows.shape[2], logits.factor, softcap,
         )  # fmt: skip
-
-    if hot is None or token_indices is None:
-        launch(None, None)
-    else:
-        try:
-            launch(*residency.place(hot, token_indices))
-        except BaseException:
+    except BaseException:
+        if hot is not None:
             hot.clear()  # what has a place may not have come
-            raise
+        raise
     return output
 
 
