@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from bench.options import add_index, index_settings
 from bench.prefill_index import prefill
 from bench.rows import RESULTS, read, reason, save, table
 from bench.synthetic import SHAPES, fill, random_llama
-from bench.timing import queued, summary
+from bench.timing import capture, queued, summary
 from fierpatch import FierCache, FierConfig
 from fierpatch.hot_set import ASKED, MISSED, NUM_COUNTS, PREFETCHED, USED, USEFUL, HotSet
 from fierpatch.offload import MemoryPool
@@ -265,26 +264,16 @@ def hiding(options: argparse.Namespace) -> list[dict[str, Any]]:
             main.wait_stream(side)
 
     graphs = {
-        "weights": captured(lambda: work(True, False)),
-        "gather": captured(lambda: work(False, True)),
-        "weights beside gather": captured(lambda: work(True, True)),
+        "weights": capture(lambda: work(True, False)),
+        "gather": capture(lambda: work(False, True)),
+        "weights beside gather": capture(lambda: work(True, True)),
     }
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(HIDING_ROUNDS):  # in turn, as a device slows down while it works
-        for name, graph in graphs.items():
+        for name, (graph, _output) in graphs.items():
             samples[name] += queued(graph.replay, device=options.device, count=10)
     rows = [{"what": name, "layers": layers, **summary(samples[name], "ms")} for name in graphs]
     return [row | {"ratio": row["ms"] / rows[0]["ms"]} for row in rows]
-
-
-def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what it launches, after it ran once."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
 
 
 def depth(model: Any) -> int:

@@ -69,7 +69,7 @@ def replays(
         for _ in range(CALLS):
             flush()
 
-    graphs = [_capture(calls, before), _capture(flushes, before)]
+    graphs = [capture(calls, before), capture(flushes, before)]
     samples = []
     for number in range(count + WARM_UP):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
@@ -89,9 +89,15 @@ def replays(
     ]
 
 
-def _capture(
-    function: Callable[[], object], before: Callable[[], object]
+def capture(
+    function: Callable[[], object], before: Callable[[], object] = lambda: None
 ) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A graph of what a function launches, which ran before, and what it returned.
+
+    Args:
+        function: to capture.
+        before: runs before each run of it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
