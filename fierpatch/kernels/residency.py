@@ -28,7 +28,7 @@ from fierpatch.kernels.launch import Specialization
 
 _AGES = OLDEST.value + 2  # from 0 to that of an empty row: a power of two
 _FETCH_BLOCK = 32  # tokens that a program fetches at once
-_FETCH_PROGRAMS = 12  # so few that they leave the multiprocessors to what runs beside them
+_FETCH_PROGRAMS = 8  # so few that they leave the multiprocessors to what runs beside them
 
 
 @triton.jit(do_not_specialize=["width", "num_rows", "capacity"])
