@@ -10,10 +10,10 @@ from fierpatch.cache.facts import LayerFacts
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.hot_set import HotSet
-from fierpatch.index import KeyIndex, map_batch, resize
+from fierpatch.index import KeyIndex, map_batch, nbytes, resize
 from fierpatch.offload import DeviceStore, HostStore, Store
-from fierpatch.ops.library import check_capacity
 from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
+from fierpatch.ops.progress import check_capacity
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
 
@@ -253,7 +253,9 @@ class LayerBuffers:
         if self.is_static and not torch.compiler.is_compiling():
             for tensor in (*self.buffers, self.counters, *self.operators.buffers):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.facts.record(self)
+        self.facts.counters, self.facts.backend = self.counters, self.operators.name
+        index_nbytes = 0 if self.index is None else nbytes(self.index, self.state)
+        self.facts.record(self._allocated, self.hot, index_nbytes=index_nbytes)
 
 
 def _round_up(num_tokens: int) -> int:

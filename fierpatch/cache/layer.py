@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from fierpatch.cache.checks import check_fit
-from fierpatch.cache.facts import Observer
 from fierpatch.cache.prefetch import Prefetch
 from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
@@ -21,6 +20,21 @@ if TYPE_CHECKING:
     from fierpatch.flex import BlockObserver
 
 MARK = "_fierpatch_layer"  # the attribute by which returned keys and values name their layer
+
+
+class Observer(Protocol):
+    """Sees each retrieval of each layer; see `FierCache.observe`."""
+
+    def __call__(
+        self,
+        layer: LayerCache,
+        query: Tensor,
+        token_indices: Tensor,
+        visible: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Called after each retrieval, with the arguments of `LayerCache.attend`."""
 
 
 class LayerCache(Prefetch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fierpatch.offload.device_store import DeviceStore
+from fierpatch.offload.host_store import HostStore
 from fierpatch.offload.memory import MemoryPool
-from fierpatch.offload.stores import DeviceStore, HostStore, Store
+from fierpatch.offload.store import Store
 from fierpatch.offload.transfer import Transfer
 
 __all__ = ["DeviceStore", "HostStore", "MemoryPool", "Store", "Transfer"]

@@ -16,7 +16,8 @@ from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.ahead import await_fetched, await_placed, fetch_ahead, place_ahead
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
-from fierpatch.ops.library import attend_fake, attend_hot_fake, named_index, retrieve_fake
+from fierpatch.ops.fakes import attend_fake, attend_hot_fake, retrieve_fake
+from fierpatch.ops.library import named_index
 from fierpatch.query_estimate import QueryEstimate
 from fierpatch.rows import split
 

@@ -7,22 +7,18 @@ at the last calibration, and a number that only kernels use.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fierpatch import reference
-from fierpatch.errors import CapacityError
 from fierpatch.hot_set import NEEDED, HotSet, fetch, place
 from fierpatch.index import KeyIndex, make_index
 from fierpatch.index.packing import TILE_SIZE
+from fierpatch.ops.fakes import attend_fake, attend_hot_fake, retrieve_fake
+from fierpatch.ops.progress import calibrate_prompt, check_capacity
 from fierpatch.query_estimate import QueryEstimate
-from fierpatch.reference import fold_groups, gather_attention
+from fierpatch.reference import gather_attention
 from fierpatch.rows import split
-
-_MAX_CALIBRATION_QUERIES = 256
-_CALIBRATION_WINDOW = 4096  # newest queries, which left padding reaches last
 
 # The ops read lengths on the host, which a CUDA graph cannot replay: the tag keeps them out of one.
 _LIBRARY = torch.library.Library("fierpatch", "DEF")
@@ -81,8 +77,10 @@ def _append(
     stored, indexed, calibrated = counters.tolist()[:3]
     check_capacity(stored, key.shape[2], keys.shape[2])
     stop = stored + key.shape[2]
-    keys[:, :, stored:stop] = key
-    values[:, :, stored:stop] = value
+    places = torch.arange(stored, stop, device=key.device)
+    # By a kernel: a plain copy to the host may be the driver's, over the ends of pinned pieces.
+    keys.index_copy_(2, places, key)
+    values.index_copy_(2, places, value)
     if state and not is_prompt:
         named_index(index, bits, group_size, seed, refine_bits, keys.shape[3]).append(
             state, keys, indexed, stop
@@ -154,31 +152,6 @@ def _retrieve(
     width = min(budget, state[0].shape[2] * TILE_SIZE)
     missing = width - token_indices.shape[3]
     return torch.nn.functional.pad(token_indices, (0, missing), value=-1)
-
-
-def retrieve_fake(
-    query: Tensor,
-    state: list[Tensor],
-    counters: Tensor,
-    visible: Tensor | None,
-    sink_logits: Tensor | None,
-    index: str,
-    bits: int,
-    group_size: int,
-    seed: int,
-    refine_bits: int,
-    budget: int,
-    sinks: int,
-    recent: int,
-    per_query_head: bool,
-    scale: float,
-    softcap: float,
-    *rest: Any,
-) -> Tensor:
-    """What `_retrieve` returns, without the numbers."""
-    num_lists = query.shape[1] if per_query_head else state[0].shape[1]
-    width = min(budget, state[0].shape[2] * TILE_SIZE)
-    return query.new_empty((query.shape[0], num_lists, query.shape[2], width), dtype=torch.int64)
 
 
 def _attend(
@@ -257,56 +230,6 @@ def _fetch_ahead(
         refine=refine,
     )
     fetch(hot_set, place(hot_set, token_indices, is_prefetch=True), token_indices, paired)
-
-
-def attend_fake(query: Tensor, rows: list[Tensor], *rest: Any) -> Tensor:
-    """What attention returns, ``[B, T, Hq, Dv]``, without the numbers."""
-    batch_size, num_query_heads, num_queries, head_dim = query.shape
-    values = split(rows, head_dim)[1]
-    return query.new_empty((batch_size, num_queries, num_query_heads, values.shape[3]))
-
-
-def attend_hot_fake(query: Tensor, paired: Tensor, *rest: Any) -> Tensor:
-    """What attention by way of a hot set returns, without the numbers."""
-    return attend_fake(query, [paired])
-
-
-def calibrate_prompt(
-    index: KeyIndex, query: Tensor, keys: Tensor, state: list[Tensor], progress: list[int]
-) -> list[int]:
-    """Calibrate by some of a prompt's newest queries where the tokens have doubled since.
-
-    Doubling keeps the work of a prompt that comes in chunks within twice that of one that does not.
-
-    Args:
-        query: ``[B, Hq, T, D]``, the prompt's.
-        keys: ``[B, H, C, D]``.
-        progress: tokens stored, indexed, and at the last calibration.
-
-    Returns:
-        The progress, with nothing indexed where all has to be indexed anew.
-    """
-    stored, indexed, calibrated = progress
-    if stored >= 2 * calibrated:
-        window = min(query.shape[2], _CALIBRATION_WINDOW)
-        step = -(-window // _MAX_CALIBRATION_QUERIES)
-        sampled = query[:, :, query.shape[2] - window :][:, :, ::step]
-        if index.calibrate(state, fold_groups(sampled, keys.shape[1]), keys, stored):
-            indexed, calibrated = 0, stored
-    return [stored, indexed, calibrated]
-
-
-def check_capacity(stored: int, num_new: int, capacity: int) -> None:
-    """Check new tokens against the room of a static cache.
-
-    Raises:
-        CapacityError: they do not fit.
-    """
-    if stored + num_new > capacity:
-        raise CapacityError(
-            f"{stored} tokens are stored and {num_new} more do not fit a static cache of "
-            f"{capacity}: generate with a larger max_cache_len, or without a static cache"
-        )
 
 
 _LIBRARY.impl("append", _append, "CompositeExplicitAutograd")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -67,20 +67,6 @@ def any_steps(draw: st.DrawFn, *, longest: int = 80) -> Steps:
         crops=tuple(draw(st.lists(st.none() | st.integers(0, num_tokens), max_size=3))),
         more_room=draw(st.sampled_from((0, 0, 1, 512))),
         dtype=draw(st.sampled_from((torch.float32, torch.float16))),
-        seed=draw(seeds()),
-    )
-
-
-@st.composite
-def steps_like(draw: st.DrawFn, case: Steps) -> Steps:
-    """Others that need the same compiled kernels."""
-    width = draw(st.integers(case.width // 2 + 1, case.width))
-    return replace(
-        case,
-        width=width,
-        num_tokens=draw(st.integers(case.width, case.num_tokens)),
-        fill=draw(st.sampled_from((0.3, 0.9, 1.0))),
-        drift=draw(st.sampled_from((0, 1, 8, 1000))),
         seed=draw(seeds()),
     )
 

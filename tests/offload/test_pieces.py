@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fierpatch import FierConfig
+from fierpatch.cache import LayerCache
 from fierpatch.offload import MemoryPool, Transfer, memory
 from fierpatch.offload.memory import HostMemory
+from fierpatch.ops import library
 from offload.store_machine import HEAD_DIM, NUM_HEADS, VALUE_DIM, StoreMachine, host_store
 
 CPU = torch.device("cpu")
@@ -68,7 +71,11 @@ class DriverCopies(TorchDispatchMode):
     """
 
     ALLOWED = (
+        torch.ops.aten.gather.default,
+        torch.ops.aten.index.Tensor,
+        torch.ops.aten.index_copy_.default,
         torch.ops.aten.index_select.default,
+        torch.ops.aten.nan_to_num.default,
         torch.ops.aten.new_empty.default,
         torch.ops.aten.where.self,
     )
@@ -84,6 +91,10 @@ class DriverCopies(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func.namespace == "fierpatch":
+            with self:  # which is off in here, and so would be in what the operator calls
+                name = func._schema.name.removeprefix("fierpatch::")
+                return getattr(library, f"_{name}")(*args, **(kwargs or {}))
         if not func.is_view and func not in self.ALLOWED:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and leaf.is_contiguous():
@@ -150,6 +161,29 @@ def test_a_store_copies_piece_by_piece(driver: DriverCopies) -> None:
         store.clear()
     assert not store.paired.any()
     assert len(driver.memories) == 2
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_a_layer_of_the_reference_stores_steps_of_one_kv_head(
+    is_static: bool, driver: DriverCopies
+) -> None:
+    """Whose key or value is one stretch of memory, over the end of a piece in some tokens."""
+    config = FierConfig(budget=4, sinks=1, recent=1, offload=True, backend="reference")
+    steps = [torch.randn(3, 1, 1, 1, HEAD_DIM) for _ in range(60)]
+    layer = LayerCache(config, capacity=80 if is_static else 10, is_static=is_static)
+    prompt = torch.randn(3, 1, 1, 20, HEAD_DIM)
+    with driver:
+        layer.update(*prompt[:2])
+        layer.index_prompt(prompt[2])
+        for key, value, query in steps:
+            layer.update(key, value)
+            output = layer.attend(query, visible=None, scale=1.0)
+            assert output is not None
+            assert output.isfinite().all()
+    for place, rows in enumerate((layer.keys, layer.values)):
+        stored = torch.cat([prompt[place], *(step[place] for step in steps)], 2)
+        assert torch.equal(rows[:, :, :80], stored)
+    assert driver.memories
 
 
 @pytest.mark.parametrize(

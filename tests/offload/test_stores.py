@@ -10,7 +10,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from fierpatch.errors import HostMemoryError
-from fierpatch.offload import HostStore, MemoryPool, memory, stores
+from fierpatch.offload import HostStore, MemoryPool, memory
 from fierpatch.rows import pair
 from offload.store_machine import HEAD_DIM, NUM_HEADS, VALUE_DIM, StoreMachine, host_store
 
@@ -61,7 +61,7 @@ def test_rows_change_their_order_a_few_tokens_at_a_time(
     order: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = 2 * NUM_HEADS * (HEAD_DIM + VALUE_DIM) * 4
-    monkeypatch.setattr(stores, "_CHUNK", 7 * token)
+    monkeypatch.setattr("fierpatch.offload.host_store._CHUNK", 7 * token)
     store, key, value = filled(MemoryPool())
     store.take(torch.tensor(order), 50)
     assert torch.equal(store.keys[:, :, :50], key[order])

@@ -1,10 +1,10 @@
-"""Stores: the keys and values of one layer, on the device or on the host."""
+"""Keys and values in memory of the host."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,133 +15,6 @@ from fierpatch.rows import pair, split
 
 _MOST_TOKENS = 1 << 20  # that addresses are reserved for, where the model sets no limit
 _CHUNK = 64 << 20  # bytes of rows that are on the device at once while their order changes
-
-
-class Store(Protocol):
-    """What a layer's cache asks of the place where its keys and values are."""
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """Keys and values, or paired rows alone, as operators take them: see `fierpatch.rows`."""
-
-    @property
-    def keys(self) -> Tensor:
-        """``[B, H, C, D]`` as a tensor of the device, wherever its memory is."""
-
-    @property
-    def values(self) -> Tensor:
-        """``[B, H, C, Dv]``, likewise."""
-
-    @property
-    def device_nbytes(self) -> int:
-        """Bytes held on the device."""
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes held on the host."""
-
-    def grow(self, capacity: int) -> None:
-        """Make room for so many tokens, more than before."""
-
-    def write(self, key: Tensor, value: Tensor, start: int) -> None:
-        """Store the tokens of a prompt from `start` on, perhaps beside the computation."""
-
-    def join(self) -> None:
-        """Let the computation wait until all prompts are stored, of all layers of the cache."""
-
-    def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The first `start` tokens and those of a prompt behind them, all on the device.
-
-        Valid when the prompt is written too.
-        """
-
-    def read_ahead(self, start: int, num_new: int) -> None:
-        """Begin to read for the `read` that comes next, of a prompt of so many tokens."""
-
-    def forget(self, num_tokens: int) -> None:
-        """Expect other tokens behind the first so many."""
-
-    def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows, on the device; for a prompt that is compiled, of whose end a counter tells."""
-
-    def take(self, rows: Tensor, num_tokens: int) -> None:
-        """Make row i of the batch a copy of row ``rows[i]``, in place where there are as many."""
-
-    def clear(self) -> None:
-        """Let no row that is there now reach a later result."""
-
-
-class DeviceStore:
-    """Keys and values in a buffer each, beside the model.
-
-    Args:
-        key: ``[B, H, T, D]``, gives shape, dtype and device.
-        value: ``[B, H, T, Dv]``.
-        capacity: tokens to make room for.
-    """
-
-    host_nbytes = 0
-
-    def __init__(self, key: Tensor, value: Tensor, capacity: int) -> None:
-        self.rows = [
-            like.new_zeros((*like.shape[:2], capacity, like.shape[3])) for like in (key, value)
-        ]
-
-    @property
-    def keys(self) -> Tensor:
-        """See `Store`."""
-        return self.rows[0]
-
-    @property
-    def values(self) -> Tensor:
-        """See `Store`."""
-        return self.rows[1]
-
-    @property
-    def device_nbytes(self) -> int:
-        """See `Store`."""
-        return sum(tensor.nbytes for tensor in self.rows)
-
-    def grow(self, capacity: int) -> None:
-        """See `Store`."""
-        # One after the other, so that the old one's memory is free when the next is made.
-        for place in range(len(self.rows)):
-            self.rows[place] = _grown(self.rows[place], capacity)
-
-    def write(self, key: Tensor, value: Tensor, start: int) -> None:
-        """See `Store`."""
-        stop = start + key.shape[2]
-        self.keys[:, :, start:stop], self.values[:, :, start:stop] = key, value
-
-    def join(self) -> None:
-        """See `Store`."""
-
-    def read(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """See `Store`."""
-        stop = start + key.shape[2]
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def read_ahead(self, start: int, num_new: int) -> None:
-        """See `Store`."""
-
-    def forget(self, num_tokens: int) -> None:
-        """See `Store`."""
-
-    def read_all(self, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Store`."""
-        return self.keys[:], self.values[:]
-
-    def take(self, rows: Tensor, num_tokens: int) -> None:
-        """See `Store`."""
-        for place, tensor in enumerate(self.rows):
-            taken = tensor.index_select(0, rows)
-            self.rows[place] = tensor.copy_(taken) if len(rows) == len(tensor) else taken
-
-    def clear(self) -> None:
-        """See `Store`."""
-        # Stale rows are masked, but a NaN among them would pass a weight of 0.
-        for tensor in self.rows:
-            tensor.zero_()
 
 
 class HostStore:
@@ -294,9 +167,3 @@ class _Ahead(NamedTuple):
     lengths: tuple[int, int]  # of what is stored, and of the prompt
     paired: Tensor  # with room for both
     wait: Callable[[], None]
-
-
-def _grown(tensor: Tensor, capacity: int) -> Tensor:
-    larger = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
-    larger[:, :, : tensor.shape[2]] = tensor
-    return larger
