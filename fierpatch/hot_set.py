@@ -20,8 +20,8 @@ CLOCK, USED, MISSED, PREFETCHED, ASKED, USEFUL, NEEDED = range(7)  # columns of 
 NUM_COUNTS = 7
 
 # The share of a step's tokens that had to be fetched, then or ahead, from which on it pays to fetch
-# ahead in the next one: on an H100, over 128K tokens, a step without takes 9.0 ms and 4.6 more for
-# all of its tokens, and one that fetches ahead 10.3 and 0.5 more (`bench offload`).
+# ahead in the next one: on an H100, over 128K tokens, a step without takes 9.0 ms and 4.7 more for
+# all of its tokens, and one that fetches ahead 10.2 and 0.3 more (`bench offload`).
 PAYS_FROM = 0.3
 
 
