@@ -22,7 +22,7 @@ from fierpatch import FierConfig
 from fierpatch.evaluate import metrics, smollm2, tasks
 from fierpatch.evaluate.texts import persuasion
 from fierpatch.hf.checkpoints import load
-from fierpatch.ops.operators import layer_index
+from fierpatch.ops.arguments import layer_index
 
 
 def main(arguments: list[str]) -> None:

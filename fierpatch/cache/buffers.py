@@ -12,8 +12,10 @@ from fierpatch.config import FierConfig
 from fierpatch.hot_set import HotSet
 from fierpatch.index import KeyIndex, map_batch, nbytes, resize
 from fierpatch.offload import DeviceStore, HostStore, Store
-from fierpatch.ops.operators import Operators, ReferenceOperators, layer_index
+from fierpatch.ops.arguments import layer_index
+from fierpatch.ops.operators import Operators
 from fierpatch.ops.progress import check_capacity
+from fierpatch.ops.reference_operators import ReferenceOperators
 
 BUCKET_SIZE = 512  # tokens; a tile of the index
 

@@ -14,7 +14,7 @@ from fierpatch.cache.shared import Shared
 from fierpatch.config import FierConfig
 from fierpatch.errors import NotYetSupportedError
 from fierpatch.hot_set import HotSet
-from fierpatch.ops.operators import choose_backend
+from fierpatch.ops.backend import choose_backend
 
 if TYPE_CHECKING:
     from fierpatch.flex import BlockObserver

@@ -11,7 +11,9 @@ from torch import Tensor
 from fierpatch.config import FierConfig
 from fierpatch.index import KeyIndex
 from fierpatch.offload import MemoryPool, Transfer
-from fierpatch.ops.operators import Operators, ReferenceOperators, choose_backend
+from fierpatch.ops.backend import choose_backend
+from fierpatch.ops.operators import Operators
+from fierpatch.ops.reference_operators import ReferenceOperators
 
 if TYPE_CHECKING:
     from fierpatch.ops.kernel_operators import Workspace

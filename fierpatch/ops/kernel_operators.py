@@ -17,7 +17,7 @@ from fierpatch.kernels import attention, retrieve
 from fierpatch.kernels.launch import check_device, is_interpreted
 from fierpatch.kernels.logits import Logits
 from fierpatch.kernels.shape import Scratch, Shape
-from fierpatch.ops.operators import ahead_arguments, index_arguments, layer_index
+from fierpatch.ops.arguments import ahead_arguments, index_arguments, layer_index
 from fierpatch.ops.progress import calibrate_prompt
 from fierpatch.query_estimate import QueryEstimate
 from fierpatch.rows import split

@@ -9,7 +9,7 @@ from fierpatch.cache import LayerFacts
 from fierpatch.config import FierConfig
 from fierpatch.hf.support import LayerLayout
 from fierpatch.hot_set import ASKED, CLOCK, MISSED, PREFETCHED, USED, USEFUL
-from fierpatch.ops.operators import layer_index
+from fierpatch.ops.arguments import layer_index
 from fierpatch.report.table import LayerReport
 
 

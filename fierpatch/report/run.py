@@ -13,7 +13,7 @@ from fierpatch.errors import ConfigError
 from fierpatch.hf.support import layer_layout
 from fierpatch.hot_set import HotSet
 from fierpatch.index import nbytes
-from fierpatch.ops.operators import layer_index
+from fierpatch.ops.arguments import layer_index
 from fierpatch.report.layers import Shape, layer_report, tier, tokens_seen
 from fierpatch.report.table import Report
 

@@ -216,7 +216,7 @@ def test_kernels_that_cannot_run_are_refused_and_nothing_is_stored(
         pytest.importorskip("triton", reason="Triton is not installed")
         refused = pytest.raises(BackendError, match=r"CUDA device and got cpu.*\"reference\"")
     else:
-        monkeypatch.setattr("fierpatch.ops.operators.find_spec", lambda name: None)
+        monkeypatch.setattr("fierpatch.ops.backend.find_spec", lambda name: None)
         refused = pytest.raises(MissingDependencyError, match=r"pip install fierpatch\[triton\]")
     model = tiny_model(family)
     expected = model.generate(prompt(20), max_new_tokens=4)

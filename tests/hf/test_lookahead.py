@@ -24,7 +24,7 @@ from fierpatch.cache import LayerCache
 from fierpatch.errors import FierError, ModelError, UnsupportedModelError
 from fierpatch.hf import lookahead
 from fierpatch.hot_set import HotSet
-from fierpatch.ops.operators import ReferenceOperators
+from fierpatch.ops.reference_operators import ReferenceOperators
 from fierpatch.query_estimate import QueryEstimate
 from hf.any_model import any_model
 from hf.fingerprint import fingerprint, registered
