@@ -71,7 +71,6 @@ class DriverCopies(TorchDispatchMode):
     """
 
     ALLOWED = (
-        torch.ops.aten.gather.default,
         torch.ops.aten.index.Tensor,
         torch.ops.aten.index_copy_.default,
         torch.ops.aten.index_select.default,
