@@ -255,9 +255,13 @@ class LayerBuffers:
         if self.is_static and not torch.compiler.is_compiling():
             for tensor in (*self.buffers, self.counters, *self.operators.buffers):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.facts.counters, self.facts.backend = self.counters, self.operators.name
-        index_nbytes = 0 if self.index is None else nbytes(self.index, self.state)
-        self.facts.record(self._allocated, self.hot, index_nbytes=index_nbytes)
+        self.facts.record(
+            self._allocated,
+            self.hot,
+            counters=self.counters,
+            backend=self.operators.name,
+            index_nbytes=0 if self.index is None else nbytes(self.index, self.state),
+        )
 
 
 def _round_up(num_tokens: int) -> int:

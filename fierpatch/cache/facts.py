@@ -27,9 +27,18 @@ class LayerFacts:
     hot_nbytes: int = 0
     tally: Tensor | None = None  # of the hot set
 
-    def record(self, store: Store, hot: HotSet | None, *, index_nbytes: int) -> None:
-        """Take down the sizes of what a layer holds, and keep its tally."""
+    def record(
+        self,
+        store: Store,
+        hot: HotSet | None,
+        *,
+        counters: Tensor,
+        backend: str,
+        index_nbytes: int,
+    ) -> None:
+        """Take down the sizes of what a layer holds, and keep its counters and tally."""
         keys, values = store.keys, store.values
+        self.counters, self.backend = counters, backend
         self.batch_size, self.num_kv_heads, _, self.head_dim = keys.shape
         self.value_head_dim = values.shape[3]
         self.itemsize = keys.element_size()
